@@ -1,0 +1,231 @@
+"""Which implementation runs, and why.
+
+A GPU tries triton, then eager; the CPU tries cpp, then eager; a forced backend runs or raises. The first that *accepts* the
+arguments is taken, and `explain` tells what the others objected to. The eager form accepts everything.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import same_kind, walkable
+
+if TYPE_CHECKING:
+    from .registry import Op
+
+BACKENDS = ("auto", "eager", "triton", "cpp")
+ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
+_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+
+
+class Choice(NamedTuple):
+    """One decision: the op, the backend that ran, the reason, and the shape of its first argument."""
+
+    op: str
+    backend: str
+    reason: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _named(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    return backend
+
+
+_forced: ContextVar[str] = ContextVar(
+    "fused_attn_backend", default=_named(os.environ.get("FUSED_ATTN_BACKEND", "auto"), "FUSED_ATTN_BACKEND")
+)
+_observers: list[Callable[[Choice], None]] = []
+
+
+def forced() -> str:
+    """The backend that the caller asked for, or "auto"."""
+    return _forced.get()
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Runs every op inside the block on one backend, forward and backward.
+
+    backend: "auto" | "eager" | "triton" | "cpp". `FUSED_ATTN_BACKEND` in the environment sets what holds outside any block.
+    Raises ValueError for another name, and an op raises RuntimeError, with the reason, where the backend can't run it.
+    """
+    token = _forced.set(_named(backend, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+class Implementation(NamedTuple):
+    """How one backend runs one op: all outputs, and (where it has a shorter way) the public outputs alone."""
+
+    run: Callable[..., Any]
+    infer: Callable[..., Any]
+
+
+_found: dict[tuple[str, str], Implementation | str] = {}
+
+
+def define(op: "Op") -> None:
+    """The eager form is there from the start; other backends are looked up on the first call that could use them."""
+    _found[op.name, "eager"] = Implementation(op.eager, lambda *args: op.public(args, op.eager(*args)))
+
+
+def implementation(op: "Op", backend: str) -> Implementation | str:
+    """How `backend` runs `op`, or the reason why it can't run it on this machine at all."""
+    key = (op.name, backend)
+    if key not in _found:
+        _found[key] = _find(op, backend)
+    return _found[key]
+
+
+def _find(op: "Op", backend: str) -> Implementation | str:
+    if backend == "cpp":
+        if (why := extension()) is not None:
+            return why
+        functions = torch.ops.fused_attn_cpp
+        if not hasattr(functions, op.name):
+            return "this op has no C++ kernel"
+        run = getattr(functions, op.name).default
+        if op.alone is not None and hasattr(functions, op.name + "_infer"):
+            first, alone = getattr(functions, op.name + "_infer").default, op.alone
+            return Implementation(run, lambda *args: first(*args) if alone(*args) else op.public(args, run(*args)))
+    else:
+        if (why := triton_missing()) is not None:
+            return why
+        module = op.eager.__module__ + "_triton"
+        if importlib.util.find_spec(module) is None:
+            return "this op has no Triton kernel"
+        run = getattr(importlib.import_module(module), op.name)
+    return Implementation(run, lambda *args: op.public(args, run(*args)))
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: decided by TRITON_INTERPRET before they are defined."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_missing() -> str | None:
+    """None where triton can be imported, else the reason."""
+    if "triton" in sys.modules or importlib.util.find_spec("triton") is not None:
+        return None
+    return "triton is not installed"
+
+
+_extension: list[str | None] = []
+
+
+def extension() -> str | None:
+    """Loads the compiled extension on first use. None where it is there, else the reason why it isn't."""
+    if not _extension:
+        _extension.append(_load())
+    return _extension[0]
+
+
+def _load() -> str | None:
+    files = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))
+    if not files:
+        return "the C++ extension is not built"
+    try:
+        torch.ops.load_library(str(files[0]))
+    except Exception as error:  # whatever is wrong with the file, the library works without it
+        return f"the C++ extension does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+def refusal(op: "Op", backend: str, args: tuple[Any, ...]) -> str | None:
+    """Why `backend` can't run `op` on these arguments, or None where it can."""
+    if backend == "eager":
+        return None
+    found = implementation(op, backend)
+    if isinstance(found, str):
+        return found
+    x: Tensor = args[0]
+    device = x.device.type
+    if backend == "cpp" and device != "cpu":
+        return f"runs on the CPU, and {op.arguments[0]} is on {device}"
+    if backend == "triton" and device != "cuda" and not interpreting():
+        return f"runs on a GPU, and {op.arguments[0]} is on {device} (TRITON_INTERPRET=1 runs it in Triton's interpreter)"
+    if x.dtype not in _DTYPES:
+        return f"{op.arguments[0]} is {x.dtype}"
+    first = None
+    for name, index in op.map_indices:
+        value = args[index]
+        if value is None or value.numel() == 0:
+            continue
+        if first is None:
+            first = value
+            if not walkable(value):
+                return f"{name} has strides {tuple(value.stride())} for shape {tuple(value.shape)}, which no kernel walks"
+        elif not same_kind(first, value):
+            return f"{name} has another memory format than {op.arguments[0]}"
+    return None
+
+
+def choose(op: "Op", args: tuple[Any, ...]) -> Choice:
+    """The backend that will run, with the reason. Raises RuntimeError where a forced backend can't."""
+    want, x = _forced.get(), args[0]
+    seen = (tuple(x.shape), x.dtype)
+    if want != "auto":
+        if (why := refusal(op, want, args)) is not None:
+            raise RuntimeError(f"fused_attn.{op.name}: backend {want!r} can't run: {why}")
+        return Choice(op.name, want, "forced", *seen)
+    passed = []
+    for name in ORDER.get(x.device.type, ("eager",)):
+        if (why := refusal(op, name, args)) is None:
+            return Choice(op.name, name, "; ".join(passed) or f"first choice on {x.device.type}", *seen)
+        passed.append(f"{name}: {why}")
+    raise AssertionError("unreachable: eager accepts everything")
+
+
+def run(op: "Op", args: tuple[Any, ...], infer: bool) -> Any:
+    """Runs the chosen backend. The arguments are checked once: in C++ where that runs, so that the usual call is short."""
+    choice = choose(op, args) if _observers else None
+    name = choice.backend if choice is not None else _quick(op, args)
+    found = implementation(op, name)
+    assert not isinstance(found, str)
+    function = found.infer if infer else found.run
+    if name == "cpp":
+        try:
+            outs = function(*args)
+        except RuntimeError:
+            op.check(*args)  # the same complaint in words that name the argument
+            raise
+    else:
+        op.check(*args)
+        outs = function(*args)
+    if choice is not None:
+        for observer in _observers:
+            observer(choice)
+    return outs
+
+
+def _quick(op: "Op", args: tuple[Any, ...]) -> str:
+    """The name that `choose` would give, without spelling out reasons: this is what every call pays."""
+    if _forced.get() == "auto":
+        for name in ORDER.get(args[0].device.type, ("eager",)):
+            if refusal(op, name, args) is None:
+                return name
+    return choose(op, args).backend
+
+
+@contextmanager
+def observe(observer: Callable[[Choice], None]) -> Iterator[None]:
+    """Calls `observer` with every choice made inside the block, in any thread."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)

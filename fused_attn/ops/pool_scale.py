@@ -1,0 +1,184 @@
+"""Both ends around any small excite: pool, let `excite` turn the descriptor into a gate, scale. One backward owns both ends.
+
+    p = pool(x),  gate = excite(p, *params),  y = act(x·gate + residual)
+
+Backward has two halves with the excite's between them, so that the pooled gradient never becomes a feature map of its own:
+
+    reduce  e = dy·act'(v),  dgate = Σ_s e·x                     reads dy, x
+    excite  dp, dparams = vjp of excite at p, applied to dgate    [N, C] only
+    apply   dx = e·gate + pool'(x)·dp                             reads e, writes dx
+
+Checked in float64 against autograd for every pooling, tie rule and epilogue.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import accumulator, like, match
+from ..registry import op
+from . import activations, checks
+from .channel_pool import POOLS, TIES, channel_pool, has_max, pool_gradient, spread
+from .scale import check_epilogue, epilogue_gradient, scale
+
+
+def keeps_e(act: str, residual: bool) -> bool:
+    """Whether the reduce half writes e: it is the residual's gradient, and the apply half then reads it in place of dy."""
+    return residual and act != "identity"
+
+
+def largest(values: Tensor, pool: str) -> Tensor:
+    """The maxima (N, C) among what was pooled."""
+    return values[1] if pool == "mean_max" else values
+
+
+def _check_reduce(
+    x: Tensor, dy: Tensor, gate: Tensor, aux: Tensor | None, values: Tensor,
+    act: str, slope: float, pool: str, ties: str, residual: bool,
+) -> None:  # fmt: skip
+    checks.feature_map("x", x)
+    checks.like("dy", dy, "x", x)
+    check_epilogue(x, gate, aux, act)
+    checks.one_of("pool", pool, POOLS)
+    checks.one_of("ties", ties, TIES)
+
+
+@op(
+    check=_check_reduce,
+    maps=("x", "dy", "aux"),
+    budget=lambda x, dy, gate, aux, values, act, slope, pool, ties, residual: (
+        2 + (aux is not None),
+        int(keeps_e(act, residual)),
+    ),
+)
+def pool_scale_reduce(
+    x: Tensor, dy: Tensor, gate: Tensor, aux: Tensor | None, values: Tensor,
+    act: str, slope: float, pool: str, ties: str, residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """First half of the backward: dgate (N, C); e, or empty where it is dy; how often each maximum occurs, or empty.
+
+    aux: what `activations.needs_aux` names, or None; values: (N, C) the maxima where ties="split" divides among them, else empty
+    """
+    e = epilogue_gradient(dy, x, gate, aux, act, slope)
+    dgate = (e * x.to(e.dtype)).flatten(2).sum(-1)
+    kept = like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty(0)
+    count = e.new_empty(0)
+    if has_max(pool) and ties == "split":
+        count = (x.to(e.dtype) == spread(values, x)).to(e.dtype).flatten(2).sum(-1)
+    return dgate, kept, count
+
+
+def _check_apply(
+    x: Tensor, e: Tensor, gate: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor,
+    act: str, slope: float, pool: str, ties: str,
+) -> None:  # fmt: skip
+    checks.feature_map("x", x)
+    checks.like("e", e, "x", x)
+    check_epilogue(x, gate, None, act)
+    many = pool == "mean_max"
+    checks.shaped("dpooled", dpooled, (2, *x.shape[:2]) if many else x.shape[:2], "(2, N, C)" if many else "(N, C)")
+
+
+def reads_x(act: str, pool: str, ties: str) -> bool:
+    """Whether the apply half needs x: for the activation's place, the maximum's, or the sign."""
+    return act != "identity" or pool == "mean_abs" or (has_max(pool) and ties == "split")
+
+
+@op(
+    check=_check_apply,
+    maps=("x", "e"),
+    budget=lambda x, e, gate, dpooled, values, index, count, act, slope, pool, ties: (
+        1 + reads_x(act, pool, ties),
+        1,
+    ),
+)
+def pool_scale_apply(
+    x: Tensor, e: Tensor, gate: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor,
+    act: str, slope: float, pool: str, ties: str,
+) -> Tensor:  # fmt: skip
+    """Second half of the backward: dx = e·gate + pool'(x)·dpooled, with e = dy·act'(x·gate) where act isn't "identity".
+
+    values, count: (N, C) the maxima and how often each occurs, for ties="split"; index: (N, C) their place, for ties="first"
+    """
+    e = epilogue_gradient(e, x, gate, None, act, slope)
+    stacked = torch.stack([values, values]) if pool == "mean_max" and values.numel() else values
+    back = pool_gradient(x, dpooled.to(e.dtype), stacked, index, pool, ties)
+    return like(x, (e * spread(gate.to(e.dtype), x) + back).to(x.dtype))
+
+
+def pool_scale(
+    x: Tensor,
+    excite: Callable[..., Tensor],
+    *params: Tensor,
+    pool: str = "mean",
+    ties: str = "split",
+    residual: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.01,
+) -> Tensor:
+    """Pools x, turns the descriptor into a gate by any small function, and scales x by it; one backward owns both ends.
+
+    x: (N, C, *S) feature map
+    excite: a differentiable function (descriptor, *params) -> gate (N, C); the descriptor is (N, C), or (2, N, C) for
+        "mean_max", float32 for half-precision x. It runs again in backward, so it must be pure: no dropout, no statistics
+        kept. Tensors that need a gradient must come through `params`, not through a closure.
+    params: tensors handed to excite, which receive gradients
+    pool, ties: as in `channel_pool`
+    residual, act, slope: as in `scale`
+
+    Returns y: (N, C, *S) in x's dtype and memory format.
+    Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, options, or a gate that isn't (N, C).
+    """
+    checks.feature_map("x", x)
+    checks.one_of("pool", pool, POOLS)
+    checks.one_of("ties", ties, TIES)
+    checks.one_of("act", act, activations.EPILOGUES)
+    checks.like("residual", residual, "x", x)
+    for i, p in enumerate(params):
+        checks.tensor(f"params[{i}]", p)
+    if not callable(excite):
+        raise TypeError(f"excite must be callable; got {type(excite).__name__}")
+    y: Tensor = _Spanning.apply(x, residual, excite, pool, ties, act, slope, *params)
+    return y
+
+
+class _Spanning(torch.autograd.Function):
+    """Composes registered halves, so that eager, compiled and exported programs run the same launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, excite: Callable[..., Tensor], pool: str, ties: str,
+        act: str, slope: float, *params: Tensor,
+    ) -> Tensor:  # fmt: skip
+        first = has_max(pool) and ties == "first"
+        out = channel_pool(x, pool, ties, first)
+        p, index = out if first else (out, x.new_empty(0, dtype=torch.int64))
+        gate = excite(p, *params)
+        checks.shaped("excite's gate", gate, x.shape[:2], "(N, C)")
+        y = scale(x, gate, residual, act, slope)
+        need = activations.needs_aux(act, residual is not None)
+        aux = {"output": y, "residual": residual, None: None}[need]
+        ctx.save_for_backward(x, gate, p, index, aux, *params)
+        ctx.consts = excite, pool, ties, act, slope, residual is not None
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, p, index, aux, *params = ctx.saved_tensors
+        excite, pool, ties, act, slope, residual = ctx.consts
+        dy = match(dy, x)
+        split = has_max(pool) and ties == "split"
+        values = largest(p, pool) if split else p.new_empty(0)
+        dgate, e, count = pool_scale_reduce(x, dy, gate, aux, values, act, slope, pool, ties, residual)
+        _, vjp = torch.func.vjp(excite, p, *params)
+        dp, *dparams = vjp(dgate.to(gate.dtype))
+        written = keeps_e(act, residual)
+        through = act if not residual else "identity"
+        dx = pool_scale_apply(
+            x, e if written else dy, gate, dp.to(accumulator(x.dtype)), values, index, count, through, slope, pool, ties
+        )
+        dresidual = (e if written else dy) if residual else None
+        return dx, dresidual, None, None, None, None, None, *dparams
