@@ -1,0 +1,155 @@
+// channel_pool: p[n, c] = mean, max or mean of |x| over s; one read of x. Backward of the maximum: dp where x is it.
+#define FA_KERNELS "cpu/channel_pool.kernels.h"
+#include "stages.h"
+// stages.h before isa.h: the kernels use its enums
+#include "isa.h"
+
+namespace fa {
+
+Pool pool_of(const std::string& name) {
+  if (name == "mean") return Pool::mean;
+  if (name == "max") return Pool::max;
+  if (name == "mean_max") return Pool::mean_max;
+  STD_TORCH_CHECK(name == "mean_abs", "unknown pool ", name);
+  return Pool::mean_abs;
+}
+
+template <class T, Pool K, bool Index>
+static void pool_as(const Map& x, Range samples, Acc<T>* total, Acc<T>* most, int64_t* where) {
+  using A = Acc<T>;
+  using I = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
+  const int64_t c = x.c, n = samples.end - samples.begin;
+  if (!x.pixels) {
+    parallel_for(samples.begin * c, samples.end * c, grain(x.s), [&](int64_t b, int64_t e) {
+      FA_CALL(pool_planes, (T, K, Index), x, Range{b, e}, total, most, where);
+    });
+  } else {
+    // Pixels are cut into runs of about 32k elements, by shape alone; their sums are added in order.
+    const int64_t run = std::max<int64_t>(16, 32768 / c), runs = (x.s + run - 1) / run;
+    const auto sums = scratch<A>(K == Pool::max ? 0 : n * runs * c), tops = scratch<A>(has_max(K) ? n * runs * c : 0);
+    const auto places = scratch<I>(has_max(K) && Index ? n * runs * c : 0);
+    parallel_for(0, n * runs, 1, [&](int64_t b, int64_t e) {
+      for (int64_t i = b; i < e; ++i) {
+        const int64_t s = i % runs * run;
+        FA_CALL(pool_pixels, (T, K, Index), x, samples.begin + i / runs, (Range{s, std::min(s + run, x.s)}),
+                sums.get() + (K == Pool::max ? 0 : i * c), tops.get() + (has_max(K) ? i * c : 0),
+                places.get() + (has_max(K) && Index ? i * c : 0));
+      }
+    });
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t to = (samples.begin + i) * c;
+      for (int64_t j = 0; j < runs; ++j) {
+        const int64_t from = (i * runs + j) * c;
+        if constexpr (K != Pool::max)
+          for (int64_t k = 0; k < c; ++k) total[to + k] = j ? total[to + k] + sums[from + k] : sums[from + k];
+        if constexpr (has_max(K))
+          for (int64_t k = 0; k < c; ++k) {
+            const A v = tops[from + k];
+            if (j && !(v > most[to + k] || (v != v && most[to + k] == most[to + k]))) continue;
+            most[to + k] = v;
+            if constexpr (Index) where[to + k] = places[from + k];
+          }
+      }
+    }
+  }
+  if constexpr (K != Pool::max)
+    for (int64_t i = samples.begin * c; i < samples.end * c; ++i) total[i] /= A(x.s);
+}
+
+template <class T>
+void pool(const Map& x, Range samples, Pool kind, Acc<T>* mean, Acc<T>* max, int64_t* index) {
+  switch (kind) {
+    case Pool::mean:
+      return pool_as<T, Pool::mean, false>(x, samples, mean, nullptr, nullptr);
+    case Pool::mean_abs:
+      return pool_as<T, Pool::mean_abs, false>(x, samples, mean, nullptr, nullptr);
+    case Pool::max:
+      return index ? pool_as<T, Pool::max, true>(x, samples, nullptr, max, index)
+                   : pool_as<T, Pool::max, false>(x, samples, nullptr, max, nullptr);
+    case Pool::mean_max:
+      return index ? pool_as<T, Pool::mean_max, true>(x, samples, mean, max, index)
+                   : pool_as<T, Pool::mean_max, false>(x, samples, mean, max, nullptr);
+  }
+}
+template void pool<float>(const Map&, Range, Pool, float*, float*, int64_t*);
+template void pool<double>(const Map&, Range, Pool, double*, double*, int64_t*);
+template void pool<BFloat16>(const Map&, Range, Pool, float*, float*, int64_t*);
+template void pool<Half>(const Map&, Range, Pool, float*, float*, int64_t*);
+
+static std::tuple<Tensor, std::optional<Tensor>> pooled(const Tensor& x, const std::string& pool_name, bool index) {
+  check_map(x);
+  const Pool kind = pool_of(pool_name);
+  const Map map = maps_of({&x})[0];
+  STD_TORCH_CHECK(map.s <= std::numeric_limits<int32_t>::max(), "plane too large");
+  const bool two = kind == Pool::mean_max;
+  const ScalarType acc = acc_dtype(x.scalar_type());
+  Tensor value = two ? new_dense({2, map.n, map.c}, acc) : new_dense({map.n, map.c}, acc);
+  std::optional<Tensor> where;
+  if (index && has_max(kind)) where = new_dense({map.n, map.c}, ScalarType::Long);
+  by_dtype(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    auto* first = static_cast<Acc<T>*>(value.data_ptr());
+    pool<T>(map, {0, map.n}, kind, first, two ? first + map.n * map.c : first,
+            where ? static_cast<int64_t*>(where->data_ptr()) : nullptr);
+  });
+  return {value, where};
+}
+
+std::tuple<Tensor, Tensor> channel_pool_cpu(const Tensor& x, const std::string& pool, const std::string& ties,
+                                            bool return_index) {
+  auto [value, where] = pooled(x, pool, ties == "first" || return_index);
+  return {value, where ? *where : new_dense({0}, ScalarType::Long)};
+}
+
+Tensor channel_pool_infer_cpu(const Tensor& x, const std::string& pool, const std::string& ties, bool return_index) {
+  return std::get<0>(pooled(x, pool, false));
+}
+
+Tensor channel_pool_bwd_cpu(const Tensor& x, const Tensor& dpooled, const Tensor& values, const Tensor& index,
+                            const std::string& pool_name, const std::string& ties) {
+  check_map(x);
+  const Pool kind = pool_of(pool_name);
+  const bool two = kind == Pool::mean_max, split = has_max(kind) && ties == "split";
+  Tensor dx = new_like(x);
+  const auto maps = maps_of({&x, &dx});
+  const Map m = maps[0];
+  for (const Tensor* t : {&dpooled, &values}) {
+    if (t == &values && !split) continue;
+    if (two)
+      check_shape(*t, {2, m.n, m.c});
+    else
+      check_shape(*t, {m.n, m.c});
+  }
+  if (has_max(kind) && !split) check_shape(index, {m.n, m.c});
+  by_dtype(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const int64_t nc = m.n * m.c;
+    const Dense<A> dp(dpooled), v(values);
+    const auto zero = scratch<A>(nc), mean = scratch<A>(nc), share = scratch<A>(nc);
+    const A* dmax = dp.get() + (two ? nc : 0);
+    const A* max = split ? v.get() + (two ? nc : 0) : nullptr;
+    for (int64_t i = 0; i < nc; ++i) zero[i] = 0, mean[i] = dp.get()[i] / A(m.s);
+    Spread<A> back;
+    if (two || kind == Pool::mean) back.add = mean.get();
+    if (kind == Pool::mean_abs) back.sign = mean.get();
+    const Epilogue<T> none{m, {}, {}, zero.get(), Act::identity, 0};
+    if (split) {
+      count_max<T>(m, {0, m.n}, max, share.get());
+      for (int64_t i = 0; i < nc; ++i) share[i] = dmax[i] / share[i];
+      back.share = share.get();
+      back.max = max;
+    } else if (has_max(kind)) {
+      back.first = dmax;
+      back.index = static_cast<const int64_t*>(index.data_ptr());
+    }
+    apply<T>(none, maps[1], {0, m.n}, back);
+  });
+  return dx;
+}
+
+}  // namespace fa
+
+FA_REGISTER(channel_pool)
+FA_REGISTER(channel_pool_infer)
+FA_REGISTER(channel_pool_bwd)

@@ -1,0 +1,94 @@
+#include "cpu/epilogue.kernels.h"
+
+// dx = e·gate + the pooled gradient, spread
+template <class T, From F, Back B, bool PerElement>
+struct Apply {
+  using A = Acc<T>;
+  const T *x, *dy, *aux;
+  T* dx;
+  const A *gate, *add, *share, *max, *sign;
+  Act act;
+  A slope;
+  bool output;
+
+  template <class V>
+  FA_INLINE V of(const A* p, int64_t i) const {
+    return PerElement ? get<V>(p + i) : set<V>(*p);
+  }
+  template <class V>
+  FA_INLINE V value(int64_t i) const {
+    if constexpr (is_vector<V>) {
+      if constexpr (F != From::nothing) soon(dy + i);
+      soon_written(dx + i);
+    }
+    V v{};
+    if constexpr (F == From::any || B != Back::add) v = load<V>(x + i);
+    V out = add ? of<V>(add, i) : V{};
+    if constexpr (F != From::nothing) {
+      const V g = of<V>(gate, i);
+      out = gradient_at<V, F>(dy, aux, v, g, i, act, set<V>(slope), output) * g + out;
+    }
+    if constexpr (B == Back::share) {
+      const V m = of<V>(max, i), part = of<V>(share, i);
+      // Where the maximum is NaN nothing equals it: the eager form divides by 0 there, and all of the plane is NaN.
+      out = out + select(v == m, part, select(m == m, V{}, m));
+    }
+    if constexpr (B == Back::sign) {
+      const V d = of<V>(sign, i);
+      out = out + select(v > V{}, d, select(v < V{}, -d, V{}));
+    }
+    return out;
+  }
+  template <class V>
+  FA_INLINE void at(int64_t i) const {
+    store<V>(dx + i, value<V>(i));
+  }
+};
+
+template <class T, From F, Back B>
+void apply_planes(const Epilogue<T>& in, const Map& dx, Range rows, const Spread<Acc<T>>& back) {
+  using A = Acc<T>;
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    const int64_t n = r / dx.c, c = r % dx.c;
+    const auto at = [&](const A* p) { return p ? p + r : nullptr; };
+    const Apply<T, F, B, false> f{plane_of<T>(in.x, n, c),
+                                  plane_of<T>(in.dy, n, c),
+                                  plane_of<T>(in.aux, n, c),
+                                  dx.plane<T>(n, c),
+                                  in.gate + r,
+                                  at(back.add),
+                                  at(back.share),
+                                  at(back.max),
+                                  at(back.sign),
+                                  in.act,
+                                  in.slope,
+                                  from_output(in.act)};
+    each<A>(dx.s, f);
+    if (back.first) f.dx[back.index[r]] = static_cast<T>(f.template value<A>(back.index[r]) + back.first[r]);
+  }
+}
+
+template <class T, From F, Back B>
+void apply_pixels(const Epilogue<T>& in, const Map& dx, Range pixels, const Spread<Acc<T>>& back) {
+  using A = Acc<T>;
+  for (int64_t i = pixels.begin; i < pixels.end; ++i) {
+    const int64_t n = i / dx.s, s = i % dx.s, to = n * dx.c;
+    const auto at = [&](const A* p) { return p ? p + to : nullptr; };
+    const Apply<T, F, B, true> f{pixel_of<T>(in.x, n, s),
+                                 pixel_of<T>(in.dy, n, s),
+                                 pixel_of<T>(in.aux, n, s),
+                                 dx.pixel<T>(n, s),
+                                 in.gate + to,
+                                 at(back.add),
+                                 at(back.share),
+                                 at(back.max),
+                                 at(back.sign),
+                                 in.act,
+                                 in.slope,
+                                 from_output(in.act)};
+    each<A>(dx.c, f);
+    if (back.first)
+      for (int64_t c = 0; c < dx.c; ++c)
+        if (back.index[to + c] == s) f.dx[c] = static_cast<T>(f.template value<A>(c) + back.first[to + c]);
+  }
+}

@@ -1,0 +1,83 @@
+// The stages, as ops call them: what channel_pool.cpp, scale.cpp, pool_scale.cpp and shared_mlp.cpp lend to one
+// another.
+//
+// Each walks the samples [n0, n1) of a feature map, over torch's thread pool; arrays over (n, c) are dense and start at
+// sample 0. Work is cut by shape and never by thread, so the bits of a result don't depend on the number of threads.
+#pragma once
+
+#include "common.h"
+
+namespace fa {
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Which code an epilogue needs: nothing, the one that nearly all networks have, or a switch per vector.
+enum class Epi { identity, relu, other };
+
+// Where e = dy·act'(v) comes from.
+enum class From {
+  dy,       // no activation: e is dy
+  mask,     // relu with its output kept: e is dy where the output is positive
+  any,      // the rest, by a switch per vector
+  nothing,  // no dy at all
+};
+
+// What else the pooled gradient adds to dx besides a constant per plane.
+enum class Back { add, share, sign };
+
+enum class Pool { mean, max, mean_max, mean_abs };
+Pool pool_of(const std::string& name);
+constexpr bool has_max(Pool pool) { return pool == Pool::max || pool == Pool::mean_max; }
+
+// mean[n, c] (of |x| for mean_abs), max[n, c], index[n, c] of the first maximum; a null pointer where it isn't wanted.
+template <class T>
+void pool(const Map& x, Range samples, Pool kind, Acc<T>* mean, Acc<T>* max, int64_t* index);
+
+// y = act(x·gate + residual).
+template <class T>
+void scale(const Map& x, const Map& residual, const Map& y, Range samples, const Acc<T>* gate, Act act, double slope);
+
+// What a backward knows of the epilogue: e = dy·act'(v), v = x·gate (+ residual). aux is the output, the residual or
+// absent.
+template <class T>
+struct Epilogue {
+  Map x, dy, aux;  // without data in dy, e is 0: the pooled gradient alone
+  const Acc<T>* gate;
+  Act act;
+  Acc<T> slope;
+};
+
+template <class T>
+From from_of(const Epilogue<T>& in) {
+  if (!in.dy.data) return From::nothing;
+  if (in.act == Act::identity) return From::dy;
+  if (in.act == Act::relu && in.aux.data) return From::mask;
+  return From::any;
+}
+
+// dgate = Σ_s e·x; writes e where `kept` has data; counts how often x equals max where `count` isn't null.
+// With dx, also writes dx = e·gate: the whole backward of `scale` in one pass.
+template <class T>
+void reduce(const Epilogue<T>& in, const Map& kept, const Map& dx, Range samples, const Acc<T>* max, Acc<T>* dgate,
+            Acc<T>* count);
+
+// How often x equals max, per (n, c).
+template <class T>
+void count_max(const Map& x, Range samples, const Acc<T>* max, Acc<T>* count);
+
+// The pooled gradient, spread over a plane: dx = e·gate + add + share·[x = max] + sign·sign(x) + first·[s = index].
+template <class A>
+struct Spread {
+  const A* add = nullptr;    // the mean's: dmean / S
+  const A* share = nullptr;  // the maximum's, divided among ties: dmax / count
+  const A* max = nullptr;    // where it is
+  const A* sign = nullptr;   // the mean of |x|'s
+  const A* first = nullptr;  // the maximum's, all of it
+  const int64_t* index = nullptr;
+};
+template <class T>
+void apply(const Epilogue<T>& in, const Map& dx, Range samples, const Spread<Acc<T>>& back);
+
+}  // namespace fa
