@@ -13,6 +13,10 @@ struct Range {
   int64_t begin, end;
 };
 
+// Pixels are cut into runs, whose sums are added in order: about 32k elements, so that a run is worth a thread, and at most
+// 512 pixels, so that a float32 sum over a large map loses no more than one over its planes.
+inline int64_t pixels_per_run(int64_t c) { return std::clamp<int64_t>(32768 / c, 16, 512); }
+
 // Which code an epilogue needs: nothing, the one that nearly all networks have, or a switch per vector.
 enum class Epi { identity, relu, other };
 

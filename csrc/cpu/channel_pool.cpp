@@ -24,8 +24,7 @@ static void pool_as(const Map& x, Range samples, Acc<T>* total, Acc<T>* most, in
       FA_CALL(pool_planes, (T, K, Index), x, Range{b, e}, total, most, where);
     });
   } else {
-    // Pixels are cut into runs of about 32k elements, by shape alone; their sums are added in order.
-    const int64_t run = std::max<int64_t>(16, 32768 / c), runs = (x.s + run - 1) / run;
+    const int64_t run = pixels_per_run(c), runs = (x.s + run - 1) / run;
     const auto sums = scratch<A>(K == Pool::max ? 0 : n * runs * c), tops = scratch<A>(has_max(K) ? n * runs * c : 0);
     const auto places = scratch<I>(has_max(K) && Index ? n * runs * c : 0);
     parallel_for(0, n * runs, 1, [&](int64_t b, int64_t e) {

@@ -82,11 +82,10 @@ struct PoolPixel {
   template <class V>
   FA_INLINE void at(int64_t c) {
     auto r = Running<V, K, Index>::start();
-    if constexpr (K != Pool::max) r.total = get<V>(total + c);
     if constexpr (has_max(K)) r.most = get<V>(most + c);
     if constexpr (has_max(K) && Index) std::memcpy(&r.where, where + c, sizeof(r.where));
     for (int j = 0; j < rows; ++j) r.take(load<V>(p + j * step + c), Integer<V>{} + Integer<A>(first + j));
-    if constexpr (K != Pool::max) put<V>(total + c, r.total);
+    if constexpr (K != Pool::max) put<V>(total + c, get<V>(total + c) + r.total);
     if constexpr (has_max(K)) put<V>(most + c, r.most);
     if constexpr (has_max(K) && Index) std::memcpy(where + c, &r.where, sizeof(r.where));
   }

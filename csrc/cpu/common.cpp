@@ -56,6 +56,7 @@ static std::optional<Map> map_as(const Tensor& t, bool pixels) {
   const auto sizes = t.sizes(), strides = t.strides();
   Map m;
   m.n = sizes[0], m.c = sizes[1], m.s = 1, m.ss = 1;
+  if (m.n == 0) return m;  // whose strides may be anything
   for (int64_t d = int64_t(sizes.size()) - 1; d >= 2; --d) {
     if (sizes[d] == 1) continue;
     if (m.s == 1)

@@ -18,7 +18,7 @@ static void reduce_as(const Epilogue<T>& in, const Map& kept, const Map& dx, Ran
     });
     return;
   }
-  const int64_t run = std::max<int64_t>(16, 32768 / c), runs = (x.s + run - 1) / run;  // as in channel_pool.cpp
+  const int64_t run = pixels_per_run(c), runs = (x.s + run - 1) / run;
   const auto sums = scratch<A>(n * runs * c), seen = scratch<A>(Count ? n * runs * c : 0);
   parallel_for(0, n * runs, 1, [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; ++i) {

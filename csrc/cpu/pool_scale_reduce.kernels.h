@@ -56,10 +56,10 @@ struct ReducePixels {
   template <class V>
   FA_INLINE void at(int64_t c) {
     const V g = get<V>(gate + c), m = Count ? get<V>(max + c) : V{};
-    V total = get<V>(dgate + c), seen = Count ? get<V>(count + c) : V{};
+    V total{}, seen{};
     for (int j = 0; j < rows; ++j) at_pixel[j].template step<V>(c, g, m, total, seen);
-    put<V>(dgate + c, total);
-    if constexpr (Count) put<V>(count + c, seen);
+    put<V>(dgate + c, get<V>(dgate + c) + total);
+    if constexpr (Count) put<V>(count + c, get<V>(count + c) + seen);
   }
 };
 

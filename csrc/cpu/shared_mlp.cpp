@@ -100,14 +100,13 @@ static void normalise(const Network<A>& net, const A* z, int64_t rows, const A* 
 template <class A>
 static void statistics(const Network<A>& net, const A* z, int64_t rows, A* stats) {
   const int64_t h = net.hidden;
-  column_sums(z, rows, h, stats);
-  for (int64_t c = 0; c < h; ++c) stats[c] /= A(rows), stats[h + c] = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < h; ++c) {
-      const A d = z[r * h + c] - stats[c];
-      stats[h + c] += d * d;
-    }
-  for (int64_t c = 0; c < h; ++c) stats[h + c] /= A(rows);
+  for (int64_t c = 0; c < h; ++c) {
+    double mean = 0, square = 0;
+    for (int64_t r = 0; r < rows; ++r) mean += z[r * h + c];
+    mean /= double(rows);
+    for (int64_t r = 0; r < rows; ++r) square += (z[r * h + c] - mean) * (z[r * h + c] - mean);
+    stats[c] = A(mean), stats[h + c] = A(square / double(rows));
+  }
 }
 
 // The activation's input v, and ẑ: z itself and nothing where there is no norm.
@@ -179,12 +178,13 @@ static const A* norm_backward(const Network<A>& net, const Normed<A>& normed, co
   const int64_t h = net.hidden;
   for (int64_t k = 0; k < h; ++k) {
     const A scale = (net.norm_weight ? net.norm_weight.get()[k] : A(1)) / std::sqrt(normed.var[k] + net.eps);
-    A mean = 0, slope = 0;  // of dẑ and of dẑ·ẑ, which the batch's statistics send back
+    double mean = 0, slope = 0;  // of dẑ and of dẑ·ẑ, which the batch's statistics send back
     if (net.norm == Norm::batch) {
-      for (int64_t r = 0; r < rows; ++r) mean += dv[r * h + k], slope += dv[r * h + k] * normed.zhat[r * h + k];
-      mean /= A(rows), slope /= A(rows);
+      for (int64_t r = 0; r < rows; ++r) mean += dv[r * h + k], slope += double(dv[r * h + k]) * normed.zhat[r * h + k];
+      mean /= double(rows), slope /= double(rows);
     }
-    for (int64_t r = 0; r < rows; ++r) dz[r * h + k] = scale * (dv[r * h + k] - mean - normed.zhat[r * h + k] * slope);
+    for (int64_t r = 0; r < rows; ++r)
+      dz[r * h + k] = A(scale * (dv[r * h + k] - mean - normed.zhat[r * h + k] * slope));
   }
   return dz;
 }

@@ -83,12 +83,8 @@ struct Activate {
   template <class V>
   FA_INLINE void at(int64_t i) {
     const V value = get<V>(v + i), a = slopes ? get<V>(slopes + i) : V{};
-    if (!g) {
-      put<V>(out + i, activate<V>(act, value, a));
-    } else {
-      const V d = derivative<V>(act, value, a);
-      put<V>(out + i, select(d == V{}, V{}, get<V>(g + i) * d));
-    }
+    // A product, not a choice: a gradient that isn't finite shows in the weights' gradients, where a loss scaler looks.
+    put<V>(out + i, g ? get<V>(g + i) * derivative<V>(act, value, a) : activate<V>(act, value, a));
   }
 };
 
