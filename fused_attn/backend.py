@@ -180,6 +180,7 @@ def choose(op: "Op", args: tuple[Any, ...]) -> Choice:
     seen = (tuple(x.shape), x.dtype)
     if want != "auto":
         if (why := refusal(op, want, args)) is not None:
+            op.check(*args)  # what no backend could take is the caller's mistake, not the backend's
             raise RuntimeError(f"fused_attn.{op.name}: backend {want!r} can't run: {why}")
         return Choice(op.name, want, "forced", *seen)
     passed = []

@@ -7,6 +7,7 @@
 Tests, benches, the C++ prototypes, the support table and the documentation read `OPS` and `BLOCKS`; nothing else lists them.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import (
+    _DisableAutocast,  # type: ignore[attr-defined]
     _get_tracing_state,
     _is_torch_function_mode_enabled,  # type: ignore[attr-defined]
     _len_torch_dispatch_stack,
@@ -73,7 +75,7 @@ class Op:
         self.__name__ = self.name = eager.__name__
         self.__doc__, self.__module__ = eager.__doc__, eager.__module__
         self.__signature__ = signature = inspect.signature(eager)
-        self.eager, self.formula, self.check, self.budget = eager, formula, check, budget
+        self.eager, self.formula, self.check, self.budget = _keeping_dtypes(eager), formula, check, budget
         self.maps, self.reduces, self.cases = tuple(maps), reduces, tuple(cases)
         self.schema = torch.library.infer_schema(eager, mutates_args=(), op_name=self.name)
         self.arguments = tuple(signature.parameters)
@@ -87,7 +89,7 @@ class Op:
         self.returns = len(returns)
         self.map_indices = tuple((name, self.arguments.index(name)) for name in self.maps)
         LIB.impl(self.name, lambda *args: self.launch(self._bind(args, {})), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fused_attn::{self.name}", eager, lib=LIB)
+        torch.library.register_fake(f"fused_attn::{self.name}", self.eager, lib=LIB)
         self._function = _autograd_function(self) if backward else None
         _register_autograd(self)
         backend.define(self)
@@ -164,6 +166,17 @@ def op(
     )
 
 
+def _keeping_dtypes(eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The eager form out of autocast's reach, which would run its dense layers in half precision, as no kernel does."""
+
+    @functools.wraps(eager)
+    def run(*args: Any) -> Any:
+        with _DisableAutocast():
+            return eager(*args)
+
+    return run
+
+
 def is_plain(args: tuple[Any, ...]) -> bool:
     """Whether a launcher may run on these arguments: no compiler, tracer, mode, transform or subclass wants to see the op."""
     if _is_compiling() or _len_torch_dispatch_stack() or _is_torch_function_mode_enabled():
@@ -222,7 +235,9 @@ def _register_autograd(op: Op) -> None:
             raise RuntimeError(f"fused_attn.{op.name} is a backward: a second derivative of a fused op is not available")
         if grads[0] is None:
             return (None,) * op._arity
-        return op._backward(ctx.saved_tensors, ctx.consts, grads, ctx.needs_input_grad)
+        # The dispatcher drops trailing arguments that have their default value.
+        needs = ctx.needs_input_grad + (False,) * (op._arity - len(ctx.needs_input_grad))
+        return op._backward(ctx.saved_tensors, ctx.consts, grads, needs)
 
     torch.library.register_autograd(
         f"fused_attn::{op.name}", backward, setup_context=setup if op._backward else None, lib=LIB

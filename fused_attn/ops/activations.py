@@ -49,7 +49,7 @@ TABLE: dict[str, Pair] = {
     ),
     "hardswish": (
         lambda v, a: F.hardswish(v),
-        lambda v, a: torch.where(v <= -3, 0, torch.where(v < 3, v / 3 + 0.5, 1)),
+        lambda v, a: torch.where(v <= -3, 0, torch.where(v >= 3, 1, v / 3 + 0.5)),  # NaN at NaN
     ),
     "sigmoid": (lambda v, a: torch.sigmoid(v), _sigmoid_grad),
     # Not F.hardsigmoid: its backward rounds 1/6 to float32, in float64 too, and this table is the truth of the tests.

@@ -99,7 +99,7 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
     pool, ties, shape, stride, dtype = consts
     dpooled = grads[0]
     if x is None:
-        dx = torch.empty_strided(shape, stride, dtype=dtype, device=dpooled.device)
+        dx = dpooled.new_empty_strided(shape, stride, dtype=dtype)
         size = dx[0, 0].numel() if dx.numel() else 1
         return dx.copy_(spread(dpooled / size, dx)), None, None, None
     return channel_pool_bwd(x, dpooled, values, index, pool, ties), None, None, None

@@ -55,7 +55,7 @@ class Mlp(NamedTuple):
             checks.shaped("b2", self.b2, (self.w2.shape[0],), "(C,)")
         elif self.b2 is not None:
             raise ValueError("b2 needs w2; got a bias of a second layer that isn't there")
-        checks.one_of("mlp_act", self.act, activations.ACTS)
+        checks.one_of("act", self.act, activations.ACTS)
         checks.one_of("gate", self.gate, activations.GATES)
         checks.one_of("norm", self.norm, NORMS)
         for name in ("norm_weight", "norm_bias", "norm_mean", "norm_var"):
@@ -169,9 +169,9 @@ def backward(mlp: Mlp, p: Tensor, saved: Tensor, dgate: Tensor) -> tuple[Tensor,
 
 def gradients_like(mlp: Mlp, grads: list[Tensor | None]) -> tuple[Tensor, ...]:
     """Each gradient in its own tensor's shape and dtype; an empty tensor where there is none (an operator can't return None)."""
-    empty = mlp.w1.new_empty(0)
+    empty = mlp.w1.new_empty
     pairs = zip(mlp[:10], grads, strict=True)
-    return tuple(empty if g is None or t is None else g.reshape(t.shape).to(t.dtype) for t, g in pairs)  # type: ignore[union-attr,arg-type]
+    return tuple(empty(0) if g is None or t is None else g.reshape(t.shape).to(t.dtype) for t, g in pairs)  # type: ignore[union-attr,arg-type]
 
 
 def or_none(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

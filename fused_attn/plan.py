@@ -1,0 +1,337 @@
+"""What a fused module may rely on: a plan read off its children once, and the check that tells when it no longer holds.
+
+A fused module computes what its children describe without calling them, so whatever hangs on a child (a hook, a
+parametrisation, another class, a `forward` of its own) would be lost. A `Plan` remembers each child it skips; `ready`
+compares that on every call, by dictionary reads; where something changed, the module gets a new plan or runs unfused.
+
+    module --ready--> plan: run(x, residual, epilogue, slope)        one op
+                      None: the module's own forward                 and `explain` tells why
+
+A `Rule` says which foreign class is understood and how its plan is read; `fused_class` makes the dynamic subclass that
+its modules get. A module stays the object it was, so references, hooks, optimizers and `isinstance` checks hold.
+"""
+
+import functools
+import hashlib
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
+from torch.nn.modules import module as _torch_module
+from torch.utils.hooks import RemovableHandle
+
+KEY = "_fused_attn_plan"  # where a module's __dict__ keeps its plan; never pickled, copied or part of the state_dict
+
+# Hooks on every module of the process: they expect to see the children, too.
+_GLOBAL_HOOKS = tuple(
+    getattr(_torch_module, name)
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+)
+_PLAIN = frozenset({Parameter, Tensor})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# explain listens here to what ran unfused, and why.
+unfused_observers: list[Callable[[nn.Module, str], None]] = []
+
+
+class Refused(Exception):
+    """This module can't be fused, or not now; the message is the reason that reports print."""
+
+
+def path(cls: type) -> str:
+    """How rules name a class, so that no library is imported to recognise its modules."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class Plan:
+    """What was read off a module and its children, and what to compare on each call.
+
+    module: whose children are skipped; skipped: their names; fixed: names of its plain attributes that decide the maths
+    Raises Refused where something hangs on a child already.
+    """
+
+    # Nothing in a plan refers to the module, which must be freed as soon as nobody else does.
+    __slots__ = ("children", "fixed", "handles", "own", "places", "skipped")
+
+    def __init__(self, module: nn.Module, skipped: Iterable[str], fixed: Iterable[str] = ()) -> None:
+        modules = vars(module)["_modules"]
+        named = [(name, modules[name]) for name in skipped if modules.get(name) is not None]
+        self.children = tuple(modules.values())
+        self.skipped = tuple((child, type(child), vars(child)) for _, child in named)
+        self.own = tuple((name, vars(module)[name]) for name in fixed)
+        self.fixed: tuple[tuple[dict[str, Any], str, Any], ...] = ()
+        self.places: tuple[dict[str, Any], ...] = ()
+        self.handles = RemovableHandle.next_id
+        for name, child in named:
+            if (why := tampered(child)) is not None:
+                raise Refused(f"{name} {why}")
+
+    def fix(self, child: nn.Module, name: str) -> Any:
+        """The value of a child's plain attribute, which from now on is compared on each call."""
+        value = vars(child)[name]
+        self.fixed += ((vars(child), name, value),)
+        return value
+
+    def weights(self, name: str, child: nn.Module) -> dict[str, Any]:
+        """Where a child keeps `weight` and `bias`: read again on every call, because `.to`, `functional_call` and
+        `load_state_dict(assign=True)` put other tensors there. Raises Refused for a weight that isn't a plain one."""
+        attributes = vars(child)
+        # FSDP's flat parameters and DataParallel's replicas hold weights as plain attributes.
+        place: dict[str, Any] = attributes["_parameters"] if "weight" in attributes["_parameters"] else attributes
+        weight = place.get("weight")
+        if weight is None or (place is attributes and "bias" not in place):
+            raise Refused(f"{name} keeps no weight where one is expected")
+        if not usual(weight):
+            raise Refused(f"{name}.weight is a {type(weight).__name__}")
+        self.places += (place,)
+        return place
+
+    def intact(self, attributes: dict[str, Any]) -> bool:
+        """Whether the children are what they were, with nothing hanging on those that are skipped: on every call."""
+        # Every registration of a hook, anywhere, takes a new number: as long as none was taken, no hook dictionary is
+        # looked at. Traced code always looks, because it would be compiled again for each new number.
+        if is_dynamo_compiling() or self.handles != RemovableHandle.next_id:
+            for child, _, _ in self.skipped:
+                if tampered(child) is not None:
+                    return False
+            if not is_dynamo_compiling():
+                self.handles = RemovableHandle.next_id
+        if tuple(attributes["_modules"].values()) != self.children:
+            return False
+        for child, cls, its in self.skipped:
+            if type(child) is not cls or "forward" in its:
+                return False
+        for place in self.places:
+            if type(place.get("weight")) not in _PLAIN:
+                return False
+        for name, value in self.own:
+            if attributes.get(name) != value:
+                return False
+        for its, name, value in self.fixed:  # noqa: SIM110  (a generator costs more than the loop)
+            if its.get(name) != value:
+                return False
+        return True
+
+    def run(self, x: Tensor, residual: Tensor | None, epilogue: str, epilogue_slope: float) -> Tensor:
+        """The fused computation: gate, then residual and activation."""
+        raise NotImplementedError
+
+
+def vars_of(child: nn.Module | None) -> dict[str, Any]:
+    """The child's own dictionary: `Module.__getattr__` costs half a microsecond per weight, this a thirtieth of it."""
+    return {} if child is None else vars(child)
+
+
+def tampered(child: nn.Module | None) -> str | None:
+    """What hangs on a child and would be lost if it weren't called, or None."""
+    if child is None:
+        return None
+    attributes = vars(child)
+    if any(attributes.get(hooks) for hooks in _HOOKS):
+        return "has hooks"
+    if any(_GLOBAL_HOOKS):
+        return "is under a hook on all modules"
+    if "forward" in attributes:
+        return "has a forward of its own"
+    if "parametrizations" in attributes["_modules"]:
+        return "is parametrised"
+    return None
+
+
+def usual(weight: Any) -> bool:
+    """Whether an op may read a weight's numbers; not where a subclass gives them another meaning (quantised)."""
+    if type(weight) in _PLAIN or not isinstance(weight, Tensor):
+        return not nn.parameter.is_lazy(weight)
+    return type(weight).__module__.startswith("torch._subclasses")  # fake and functional tensors
+
+
+def ready(module: nn.Module) -> Plan | None:
+    """The module's plan, where it holds; a new one, where its children changed into something understood; or None."""
+    attributes = module.__dict__
+    plan: Plan | None = attributes.get(KEY)
+    if plan is not None and plan.intact(attributes):
+        return plan
+    if is_dynamo_compiling():  # a plan isn't made in traced code
+        return None
+    return renew(module)
+
+
+def renew(module: nn.Module) -> Plan | None:
+    """Reads the plan off the module again. None, and observers hear why, where that is refused."""
+    attributes = module.__dict__
+    attributes.pop(KEY, None)
+    if not isinstance(module, Planned):
+        return None
+    try:
+        plan: Plan = module._plan()
+    except Refused as why:
+        unfused(module, str(why))
+        return None
+    attributes[KEY] = plan
+    return plan
+
+
+def unfused(module: nn.Module, why: str) -> None:
+    """Tells observers that this call runs unfused."""
+    for observer in unfused_observers:
+        observer(module, why)
+
+
+class Planned(nn.Module):
+    """A module that runs by a plan: it makes one in `_plan`, and its copies make their own."""
+
+    def _plan(self) -> Plan:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != KEY}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        renew(self)  # now, not on the first call, which may be traced
+
+
+class Fused(Planned):
+    """Base of the dynamic classes: a module of a foreign class that runs by a plan."""
+
+    rule: ClassVar["Rule"]
+    original: ClassVar[type[nn.Module]]
+
+    def _plan(self) -> Plan:
+        return self.rule.plan(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.original, self.rule.path), self.__getstate__()
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A foreign class that is understood.
+
+    path: its module and name
+    forward: what its `forward` becomes, (module, x) -> y
+    plan: module -> Plan; raises Refused where an option isn't understood
+    sources: names of the methods that make its forward, and the fingerprints of the versions that do what the plan does
+    tail: None for a gate; for its parent, what stands between the gate and the end
+    """
+
+    path: str
+    forward: Callable[..., Any]
+    plan: Callable[[nn.Module], Plan]
+    sources: Mapping[str, Iterable[str]]
+    tail: Any = None
+
+    def refuses(self, cls: type) -> str | None:
+        """Why modules of class `cls`, this rule's or a subclass, don't run the forward that the rule knows; or None."""
+        for name, known in self.sources.items():
+            method: Any = getattr(cls, name, None)
+            where = f"{getattr(method, '__module__', '')}.{getattr(method, '__qualname__', '')}"
+            if where != f"{self.path}.{name}":
+                return f"{cls.__qualname__} overrides {name} of {self.path.rpartition('.')[2]}"
+            if hasattr(method, "__wrapped__"):
+                return f"{name} of {cls.__qualname__} is wrapped"
+            if fingerprint(method) not in known:
+                return f"{name} of this version's {self.path} isn't one that is known"
+        return None
+
+
+@functools.cache
+def fingerprint(function: Callable[..., Any]) -> str:
+    """A hash of a function's source, whatever its comments, blank lines and Python's version; "" without source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return ""
+    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
+    names = {tokenize.INDENT: "INDENT", tokenize.DEDENT: "DEDENT", tokenize.ENDMARKER: ""}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    text = " ".join(names.get(token.type, token.string) for token in tokens if token.type not in skip)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_classes: dict[tuple[Rule, type[nn.Module]], type["Fused"]] = {}
+
+
+def fused_class(rule: Rule, original: type[nn.Module]) -> type["Fused"]:
+    """The class that modules of class `original` become: the same attributes and methods, the rule's forward."""
+    found = _classes.get((rule, original))
+    if found is not None:
+        return found
+    body = {
+        "forward": rule.forward,
+        "rule": rule,
+        "original": original,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
+    made = _classes[rule, original] = type(f"Fused{original.__name__}", (Fused, original), body)
+    return made
+
+
+RULES: dict[str, Rule] = {}
+
+
+def register(*rules: Rule) -> tuple[Rule, ...]:
+    """Makes rules known to `fuse_`, and to pickles."""
+    RULES.update((rule.path, rule) for rule in rules)
+    return rules
+
+
+def _restore(original: type[nn.Module], rule_path: str) -> nn.Module:
+    """What a pickled or copied fused module starts from: the original class, where the rule doesn't hold here."""
+    module: nn.Module = original.__new__(original)
+    rule = RULES.get(rule_path)
+    if rule is not None and rule.refuses(original) is None:
+        module.__class__ = fused_class(rule, original)
+    return module
+
+
+# Activations by the class that computes them: the ops' name, and the plain attribute that must have a value or is the
+# slope.
+_SAME_NUMBERS: dict[str, tuple[str, ...]] = {
+    "identity": ("torch.nn.modules.linear.Identity",),
+    "relu": ("torch.nn.modules.activation.ReLU",),
+    "relu6": ("torch.nn.modules.activation.ReLU6",),
+    "leaky_relu": ("torch.nn.modules.activation.LeakyReLU",),
+    "silu": (
+        "torch.nn.modules.activation.SiLU",
+        "timm.layers.activations.Swish",
+        "timm.layers.activations_me.SwishMe",
+    ),
+    "gelu": ("torch.nn.modules.activation.GELU", "timm.layers.activations.GELU"),
+    "hardswish": (
+        "torch.nn.modules.activation.Hardswish",
+        "timm.layers.activations.HardSwish",
+        "timm.layers.activations_me.HardSwishMe",
+    ),
+    "prelu": ("torch.nn.modules.activation.PReLU", "timm.layers.activations.PReLU"),
+    "sigmoid": ("torch.nn.modules.activation.Sigmoid", "timm.layers.activations.Sigmoid"),
+    "hard_sigmoid": (
+        "torch.nn.modules.activation.Hardsigmoid",
+        "timm.layers.activations.HardSigmoid",
+        "timm.layers.activations_me.HardSigmoidMe",
+    ),
+}
+ACTIVATIONS = {cls: name for name, classes in _SAME_NUMBERS.items() for cls in classes}
+
+
+def activation(plan: Plan, role: str, child: nn.Module | None, allowed: Iterable[str]) -> tuple[str, float]:
+    """The ops' name of an activation module, and its slope. Raises Refused where it isn't one of `allowed`."""
+    name = ACTIVATIONS.get(path(type(child)))
+    if name == "gelu" and "approximate" in vars_of(child) and plan.fix(child, "approximate") != "none":  # type: ignore[arg-type]
+        name = None
+    if name is None or name not in allowed:
+        raise Refused(f"{role} is {child!r}, which no kernel has")
+    return name, plan.fix(child, "negative_slope") if name == "leaky_relu" else 0.01  # type: ignore[arg-type]
