@@ -131,9 +131,19 @@ class Dense {
   std::unique_ptr<A[]> own_;
 };
 
-// Writes a dense array of A as a tensor of t's shape and dtype.
+// A new dense tensor of t's shape and dtype, to be filled as an array of A: in place where that is its dtype.
 template <class A>
-Tensor as_like(const Tensor& t, const A* values);
+class Filled {
+ public:
+  explicit Filled(const Tensor& t);
+  A* get() { return data_; }
+  Tensor done();
+
+ private:
+  Tensor out_;
+  A* data_;
+  std::unique_ptr<A[]> own_;
+};
 inline Tensor none_like(const Tensor& t) { return new_dense({0}, t.scalar_type()); }
 
 template <class A>

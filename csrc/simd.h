@@ -195,26 +195,49 @@ FA_INLINE V load(const T* p) {
   }
 }
 
+// Writes a register's bytes, past the caches where `stream` says so: p must then be aligned to them.
+template <class R>
+FA_INLINE void put_bytes(void* p, R r, bool stream) {
+#if FA_BYTES == 64
+  if constexpr (sizeof(R) == 64) {
+    if (stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits<__m512i>(r));
+  }
+#endif
+#if FA_BYTES >= 32
+  if constexpr (sizeof(R) == 32) {
+    if (stream) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(r));
+  }
+#endif
+#ifdef FA_X86
+  if constexpr (sizeof(R) == 16) {
+    if (stream) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits<__m128i>(r));
+  }
+#endif
+  std::memcpy(p, &r, sizeof(r));
+}
+FA_INLINE void streamed(bool stream) {  // orders streaming stores before whatever tells another thread of them
+#ifdef FA_X86
+  if (stream) _mm_sfence();
+#endif
+}
+
 template <class V, class T>
-FA_INLINE void store(T* p, V v) {
+FA_INLINE void store(T* p, V v, bool stream = false) {
   count_write(count_of<V>);
   if constexpr (!is_vector<V>) {
     *p = narrow(p, v);
   } else if constexpr (std::is_same_v<T, Element<V>>) {
-    put<V>(p, v);
+    put_bytes(p, v, stream);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     const VecU u = bits<VecU>(v);  // round to nearest even; a NaN stays one
     const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const VecU kept = (bits<VecI>(v) & 0x7fffffff) > 0x7f800000 ? VecU{} + 0x7fc0u : rounded;
-    const VecH h = __builtin_convertvector(kept, VecH);
-    std::memcpy(p, &h, sizeof(h));
+    put_bytes(p, __builtin_convertvector(kept, VecH), stream);
   } else {
 #if FA_BYTES == 64
-    const __m256i h = _mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    std::memcpy(p, &h, sizeof(h));
+    put_bytes(p, _mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), stream);
 #elif FA_BYTES == 32
-    const __m128i h = _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    std::memcpy(p, &h, sizeof(h));
+    put_bytes(p, _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), stream);
 #else
     for (int64_t i = 0; i < count_of<V>; ++i) p[i] = narrow(p, v[i]);
 #endif

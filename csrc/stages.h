@@ -13,9 +13,18 @@ struct Range {
   int64_t begin, end;
 };
 
-// Pixels are cut into runs, whose sums are added in order: about 32k elements, so that a run is worth a thread, and at most
-// 512 pixels, so that a float32 sum over a large map loses no more than one over its planes.
+// Pixels are cut into runs, whose sums are added in order: about 32k elements, so that a run is worth a thread, and at
+// most 512 pixels, so that a float32 sum over a large map loses no more than one over its planes.
 inline int64_t pixels_per_run(int64_t c) { return std::clamp<int64_t>(32768 / c, 16, 512); }
+
+// Whether writing `out` should go past the caches: measured on a Xeon (2 MiB L2), with the next reader of it included,
+// a pass over 12 MB or more is 10 % faster so, and one of 6 MB 5 % slower. Every run must start on a cache line.
+template <class T>
+bool streams(const Map& out) {
+  const int64_t size = sizeof(T), step = (out.pixels ? out.ss : out.sc) * size;
+  return out.n * out.c * out.s * size >= (8 << 20) && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
+         out.sn * size % 64 == 0 && step % 64 == 0;
+}
 
 // Which code an epilogue needs: nothing, the one that nearly all networks have, or a switch per vector.
 enum class Epi { identity, relu, other };

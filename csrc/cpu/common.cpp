@@ -178,23 +178,33 @@ template class Dense<float>;
 template class Dense<double>;
 
 template <class A>
-Tensor as_like(const Tensor& t, const A* values) {
-  std::vector<int64_t> strides(t.dim());
+Filled<A>::Filled(const Tensor& t) {
+  const auto sizes = t.sizes();
+  std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
-  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+  for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = step;
-    step *= std::max<int64_t>(t.size(d), 1);
+    step *= std::max<int64_t>(sizes[d], 1);
   }
-  Tensor out = empty_strided(t.sizes().data(), strides.data(), t.dim(), t.scalar_type());
-  by_dtype(t.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    T* to = static_cast<T*>(out.data_ptr());
-    for (int64_t i = 0, n = out.numel(); i < n; ++i) to[i] = static_cast<T>(values[i]);
-  });
-  return out;
+  out_ = empty_strided(sizes.data(), strides.data(), int64_t(sizes.size()), t.scalar_type());
+  if (t.scalar_type() == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float))
+    data_ = static_cast<A*>(out_.data_ptr());
+  else
+    data_ = (own_ = scratch<A>(out_.numel())).get();
 }
-template Tensor as_like(const Tensor&, const float*);
-template Tensor as_like(const Tensor&, const double*);
+
+template <class A>
+Tensor Filled<A>::done() {
+  if (own_)
+    by_dtype(out_.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      T* to = static_cast<T*>(out_.data_ptr());
+      for (int64_t i = 0, n = out_.numel(); i < n; ++i) to[i] = static_cast<T>(data_[i]);
+    });
+  return out_;
+}
+template class Filled<float>;
+template class Filled<double>;
 
 }  // namespace fa
 

@@ -8,11 +8,14 @@
 
 namespace fa {
 
-// Bytes of a feature map that a group holds: what a core's share of the last-level cache keeps beside what it writes.
-static constexpr int64_t group_bytes = 4 << 20;
-
-static int64_t group_of(const Map& x, int64_t element, bool whole) {
-  return whole ? std::max<int64_t>(x.n, 1) : std::max<int64_t>(1, group_bytes / (x.c * x.s * element));
+// A group's part of x should stay in a core's second-level cache (1 MiB fits, of 2 MiB here), unless the weights, which
+// every group reads again, are larger.
+template <class A>
+static int64_t group_of(const Map& x, int64_t element, const Network<A>& net) {
+  if (net.norm == Norm::batch) return std::max<int64_t>(x.n, 1);
+  const int64_t weights = net.hidden * (net.inputs + (net.two ? net.outputs : 0)) * int64_t(sizeof(A));
+  const int64_t bytes = std::max<int64_t>(1 << 20, 2 * weights);
+  return std::max<int64_t>(1, bytes / (x.c * x.s * element));
 }
 
 struct Descriptor {
@@ -49,7 +52,7 @@ static std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> forward(
     const State<A> state(net, 1, m.n, p + nc + (d.keeps_max() ? nc : 0));
     const auto gate = scratch<A>(nc);
     const Pool kind = d.max_weight == 0 ? Pool::mean : d.max_weight == 1 ? Pool::max : Pool::mean_max;
-    const int64_t group = group_of(m, sizeof(T), net.norm == Norm::batch);
+    const int64_t group = group_of(m, sizeof(T), net);
     for (int64_t n = 0; n < m.n; n += group) {
       const Range samples{n, std::min(n + group, m.n)};
       pool<T>(m, samples, kind, p, max, index ? static_cast<int64_t*>(index->data_ptr()) : nullptr);
@@ -123,7 +126,7 @@ pool_mlp_scale_bwd_cpu(const Tensor& x, const Tensor& dy, const OptTensor& aux, 
     const Epilogue<T> in{m, maps[1], maps[2], g, epilogue, A(epilogue_slope)};
     // What the apply half reads as e: what the reduce half wrote, or dy with the activation looked up again.
     const Epilogue<T> again{m, keep ? maps[4] : maps[1], {}, g, residual ? Act::identity : epilogue, A(epilogue_slope)};
-    const int64_t group = group_of(m, 2 * sizeof(T), net.norm == Norm::batch);
+    const int64_t group = group_of(m, 2 * sizeof(T), net);
     const A w = A(max_weight);
     for (int64_t n = 0; n < m.n; n += group) {
       const Range samples{n, std::min(n + group, m.n)};

@@ -9,7 +9,7 @@ struct Apply {
   const A *gate, *add, *share, *max, *sign;
   Act act;
   A slope;
-  bool output;
+  bool output, stream;
 
   template <class V>
   FA_INLINE V of(const A* p, int64_t i) const {
@@ -19,7 +19,7 @@ struct Apply {
   FA_INLINE V value(int64_t i) const {
     if constexpr (is_vector<V>) {
       if constexpr (F != From::nothing) soon(dy + i);
-      soon_written(dx + i);
+      if (!stream) soon_written(dx + i);
     }
     V v{};
     if constexpr (F == From::any || B != Back::add) v = load<V>(x + i);
@@ -41,13 +41,14 @@ struct Apply {
   }
   template <class V>
   FA_INLINE void at(int64_t i) const {
-    store<V>(dx + i, value<V>(i));
+    store<V>(dx + i, value<V>(i), stream);
   }
 };
 
 template <class T, From F, Back B>
 void apply_planes(const Epilogue<T>& in, const Map& dx, Range rows, const Spread<Acc<T>>& back) {
   using A = Acc<T>;
+  const bool stream = streams<T>(dx);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const int64_t n = r / dx.c, c = r % dx.c;
     const auto at = [&](const A* p) { return p ? p + r : nullptr; };
@@ -62,15 +63,18 @@ void apply_planes(const Epilogue<T>& in, const Map& dx, Range rows, const Spread
                                   at(back.sign),
                                   in.act,
                                   in.slope,
-                                  from_output(in.act)};
+                                  from_output(in.act),
+                                  stream};
     each<A>(dx.s, f);
     if (back.first) f.dx[back.index[r]] = static_cast<T>(f.template value<A>(back.index[r]) + back.first[r]);
   }
+  streamed(stream);
 }
 
 template <class T, From F, Back B>
 void apply_pixels(const Epilogue<T>& in, const Map& dx, Range pixels, const Spread<Acc<T>>& back) {
   using A = Acc<T>;
+  const bool stream = streams<T>(dx);
   for (int64_t i = pixels.begin; i < pixels.end; ++i) {
     const int64_t n = i / dx.s, s = i % dx.s, to = n * dx.c;
     const auto at = [&](const A* p) { return p ? p + to : nullptr; };
@@ -85,10 +89,12 @@ void apply_pixels(const Epilogue<T>& in, const Map& dx, Range pixels, const Spre
                                  at(back.sign),
                                  in.act,
                                  in.slope,
-                                 from_output(in.act)};
+                                 from_output(in.act),
+                                 stream};
     each<A>(dx.c, f);
     if (back.first)
       for (int64_t c = 0; c < dx.c; ++c)
         if (back.index[to + c] == s) f.dx[c] = static_cast<T>(f.template value<A>(c) + back.first[to + c]);
   }
+  streamed(stream);
 }

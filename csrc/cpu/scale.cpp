@@ -65,10 +65,10 @@ std::tuple<Tensor, Tensor, Tensor> scale_bwd_cpu(const Tensor& x, const Tensor& 
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const Dense<A> g(gate);
-    const auto sums = scratch<A>(maps[0].n * maps[0].c);
+    Filled<A> sums(gate);
     const Epilogue<T> in{maps[0], maps[1], maps[2], g.get(), act, A(slope)};
     reduce<T>(in, maps[4], maps[3], {0, maps[0].n}, nullptr, sums.get(), nullptr);
-    dgate = as_like(gate, sums.get());
+    dgate = sums.done();
   });
   return {dx, dgate, kept};
 }

@@ -8,11 +8,13 @@ struct ScaleRun {
   const A* gate;
   Act act;
   A slope;
+  bool stream;
 
   template <class V>
   FA_INLINE void at(int64_t i) {
     if constexpr (is_vector<V>) {
-      soon(x + i), soon_written(y + i);
+      soon(x + i);
+      if (!stream) soon_written(y + i);
       if constexpr (Residual) soon(residual + i);
     }
     const V g = PerElement ? get<V>(gate + i) : set<V>(*gate);
@@ -20,7 +22,7 @@ struct ScaleRun {
     if constexpr (Residual) v = v + load<V>(residual + i);
     if constexpr (E == Epi::relu) v = select(v <= V{}, V{}, v);
     if constexpr (E == Epi::other) v = activate<V>(act, v, set<V>(slope));
-    store<V>(y + i, v);
+    store<V>(y + i, v, stream);
   }
 };
 
@@ -28,6 +30,7 @@ struct ScaleRun {
 template <class T, Epi E, bool Residual>
 void scale_runs(const Map& x, const Map& residual, const Map& y, Range runs, const Acc<T>* gate, Act act,
                 Acc<T> slope) {
+  const bool stream = streams<T>(y);
   for (int64_t i = runs.begin; i < runs.end; ++i) {
     if (x.pixels) {
       const int64_t n = i / x.s, s = i % x.s;
@@ -36,7 +39,8 @@ void scale_runs(const Map& x, const Map& residual, const Map& y, Range runs, con
                                        y.pixel<T>(n, s),
                                        gate + n * x.c,
                                        act,
-                                       slope};
+                                       slope,
+                                       stream};
       each<Acc<T>>(x.c, f);
     } else {
       const int64_t n = i / x.c, c = i % x.c;
@@ -45,8 +49,10 @@ void scale_runs(const Map& x, const Map& residual, const Map& y, Range runs, con
                                         y.plane<T>(n, c),
                                         gate + i,
                                         act,
-                                        slope};
+                                        slope,
+                                        stream};
       each<Acc<T>>(x.s, f);
     }
   }
+  streamed(stream);
 }

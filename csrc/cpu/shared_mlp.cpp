@@ -221,15 +221,24 @@ std::vector<Tensor> mlp_weight_gradients(const NetworkArgs& args, const Network<
   std::vector<Tensor> out;  // ten tensors and not one ten times: an operator's outputs may not alias
   for (int i = 0; i < 10; ++i) out.push_back(none_like(args.w1));
   const A* first = !net.two ? b.du.get() : net.norm == Norm::none ? b.dv.get() : b.dz.get();
-  const auto values = scratch<A>(std::max(h * c, o * h) + std::max(h, o));
+  const auto sums = [&](const OptTensor& like, const A* v, int64_t r, int64_t columns, A times) {
+    Filled<A> values(*like);
+    column_sums(v, r, columns, values.get());
+    for (int64_t k = 0; k < columns; ++k) values.get()[k] *= times;
+    return values.done();
+  };
+  const auto product = [&](const Tensor& like, const A* d, int64_t r, int64_t outs, const A* v, int64_t columns) {
+    Filled<A> values(like);
+    combine(d, 1, outs, r, v, columns, outs, values.get());
+    return values.done();
+  };
   const auto slopes = [&](const OptTensor& weight, const A* v, const A* g, int64_t r, int64_t columns) {
-    for (int64_t k = 0; k < columns; ++k) values[k] = 0;
+    const auto each = scratch<A>(columns);
+    for (int64_t k = 0; k < columns; ++k) each[k] = 0;
     for (int64_t i = 0; i < r; ++i)
       for (int64_t k = 0; k < columns; ++k)
-        if (!(v[i * columns + k] > 0)) values[k] += v[i * columns + k] * g[i * columns + k];
-    if (weight->numel() == 1)
-      for (int64_t k = 1; k < columns; ++k) values[0] += values[k];
-    return as_like(*weight, values.get());
+        if (!(v[i * columns + k] > 0)) each[k] += v[i * columns + k] * g[i * columns + k];
+    return sums(weight, each.get(), weight->numel() == 1 ? columns : 1, weight->numel() == 1 ? 1 : columns, A(1));
   };
   if (net.gate == Act::prelu) out[9] = slopes(args.gate_weight, state.u, dgate, n, o);
   if (!net.two) {
@@ -237,30 +246,19 @@ std::vector<Tensor> mlp_weight_gradients(const NetworkArgs& args, const Network<
     const auto total = scratch<A>(n * c);
     std::copy(p, p + n * c, total.get());
     for (int64_t j = 1; j < count; ++j) add_to(total.get(), p + j * n * c, n * c);
-    combine(first, 1, o, n, total.get(), c, o, values.get());
-    out[0] = as_like(args.w1, values.get());
-    if (args.b1) {
-      column_sums(first, n, o, values.get());
-      for (int64_t k = 0; k < o; ++k) values[k] *= A(count);
-      out[1] = as_like(*args.b1, values.get());
-    }
+    out[0] = product(args.w1, first, n, o, total.get(), c);
+    if (args.b1) out[1] = sums(args.b1, first, n, o, A(count));
     return out;
   }
-  combine(first, 1, h, rows, p, c, h, values.get());
-  out[0] = as_like(args.w1, values.get());
-  if (args.b1) column_sums(first, rows, h, values.get()), out[1] = as_like(*args.b1, values.get());
+  out[0] = product(args.w1, first, rows, h, p, c);
+  if (args.b1) out[1] = sums(args.b1, first, rows, h, A(1));
 
   const Normed<A> normed(net, state.z, rows, state);
   const auto hidden = scratch<A>(rows * h);
   activations<A>(net.act, normed.v, nullptr, net.act_slopes.get(), rows, h, hidden.get());
   for (int64_t j = 1; j < count; ++j) add_to(hidden.get(), hidden.get() + j * n * h, n * h);
-  combine(b.du.get(), 1, o, n, hidden.get(), h, o, values.get());
-  out[2] = as_like(*args.w2, values.get());
-  if (args.b2) {
-    column_sums(b.du.get(), n, o, values.get());
-    for (int64_t k = 0; k < o; ++k) values[k] *= A(count);
-    out[3] = as_like(*args.b2, values.get());
-  }
+  out[2] = product(*args.w2, b.du.get(), n, o, hidden.get(), h);
+  if (args.b2) out[3] = sums(args.b2, b.du.get(), n, o, A(count));
   if (net.act == Act::prelu) {
     const auto dh = scratch<A>(rows * h);
     for (int64_t j = 0; j < count; ++j) std::copy(b.dh.get(), b.dh.get() + n * h, dh.get() + j * n * h);
@@ -268,21 +266,17 @@ std::vector<Tensor> mlp_weight_gradients(const NetworkArgs& args, const Network<
   }
   if (net.norm == Norm::none) return out;
   const A* dv = b.dv.get();
-  const auto with_zhat = scratch<A>(h);
-  for (int64_t k = 0; k < h; ++k) with_zhat[k] = 0;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t k = 0; k < h; ++k) with_zhat[k] += dv[i * h + k] * normed.zhat[i * h + k];
-  if (args.norm_weight) out[4] = as_like(*args.norm_weight, with_zhat.get());
-  if (args.norm_bias) column_sums(dv, rows, h, values.get()), out[5] = as_like(*args.norm_bias, values.get());
+  const auto with_zhat = scratch<A>(rows * h);
+  for (int64_t i = 0; i < rows * h; ++i) with_zhat[i] = dv[i] * normed.zhat[i];
+  if (args.norm_weight) out[4] = sums(args.norm_weight, with_zhat.get(), rows, h, A(1));
+  if (args.norm_bias) out[5] = sums(args.norm_bias, dv, rows, h, A(1));
   if (net.norm == Norm::running) {
-    column_sums(first, rows, h, values.get());
-    for (int64_t k = 0; k < h; ++k) values[k] = -values[k];
-    out[6] = as_like(*args.norm_mean, values.get());
-    for (int64_t k = 0; k < h; ++k) {
-      const A weight = net.norm_weight ? net.norm_weight.get()[k] : A(1);
-      values[k] = A(-0.5) * weight * with_zhat[k] / (normed.var[k] + net.eps);
+    out[6] = sums(args.norm_mean, first, rows, h, A(-1));
+    for (int64_t i = 0; i < rows * h; ++i) {
+      const A weight = net.norm_weight ? net.norm_weight.get()[i % h] : A(1);
+      with_zhat[i] *= weight / (normed.var[i % h] + net.eps);
     }
-    out[7] = as_like(*args.norm_var, values.get());
+    out[7] = sums(args.norm_var, with_zhat.get(), rows, h, A(-0.5));
   }
   return out;
 }
@@ -353,10 +347,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     STD_TORCH_CHECK(saved.numel() == net.saved_size(count, n), "saved");
     const State<A> state(net, count, n, const_cast<A*>(kept.get()));
     Between<A> between(net, count, n);
-    const auto dp = scratch<A>(count * n * c);
+    Filled<A> dp(pooled);
     mlp_backward(net, p.get(), count, n, {0, n}, state, dg.get(), between, dp.get());
     auto g = mlp_weight_gradients(args, net, p.get(), count, n, state, dg.get(), between);
-    return std::make_tuple(as_like(pooled, dp.get()), g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9]);
+    return std::make_tuple(dp.done(), g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9]);
   });
 }
 
