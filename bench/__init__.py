@@ -1,0 +1,1 @@
+"""Measurements of fused_attn, run from a checkout: `python -m bench --help`."""

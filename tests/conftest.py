@@ -1,0 +1,41 @@
+"""What every suite shares. `FUSED_ATTN_TEST_DEVICE=cuda` runs the suites that are driven by the registry on a GPU."""
+
+import os
+
+# Before torch starts its pool: the suites run beside each other, and thread counts are set where they matter.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+import fused_attn
+from fused_attn.registry import Op
+
+
+@pytest.fixture(autouse=True)
+def _automatic_backend():
+    """A test that forces a backend does so by itself, whatever FUSED_ATTN_BACKEND says outside."""
+    with fused_attn.use_backend("auto"):
+        yield
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every (op, arguments) that reaches a backend during the test, forward and backward, in order."""
+    seen = []
+    launch = Op.launch
+
+    def recording(self, args, infer=False):
+        seen.append((self, args))
+        return launch(self, args, infer)
+
+    monkeypatch.setattr(Op, "launch", recording)
+    return seen
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for this test: `threads(2)`."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

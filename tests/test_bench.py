@@ -1,0 +1,274 @@
+"""The bench itself: it counts the right bytes, sees what is slow, reports what fails; generated text is fresh."""
+
+import dataclasses
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from bench import __main__ as bench
+from bench import measure, ops, qualify, report, support
+from bench.measure import Candidate, Row, Timing
+from fused_attn.registry import OPS, case
+
+SMALL = case(x=(2, 32, 14, 14), w1=(4, 32), b1=(4,), w2=(32, 4), b2=(32,))
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "c", "mode", "passes"),
+    [
+        ("pool_mlp_scale", SMALL, "forward", 3),  # read x, read x again, write y
+        ("pool_mlp_scale", SMALL, "forward+backward", 7),  # and: read x and dy; read dy, write dx
+        ("scale", case(x=(2, 8, 6, 6), gate=(2, 8)), "forward", 2),
+        ("scale", case(x=(2, 8, 6, 6), gate=(2, 8), residual=(2, 8, 6, 6), act="relu"), "forward", 3),
+        # and: read x, y and dy, write dx and dresidual
+        ("scale", case(x=(2, 8, 6, 6), gate=(2, 8), residual=(2, 8, 6, 6), act="relu"), "forward+backward", 8),
+        ("channel_pool", case(x=(2, 8, 6, 6)), "forward", 1),
+        ("channel_pool", case(x=(2, 8, 6, 6)), "forward+backward", 2),  # the mean's gradient reads nothing
+    ],
+)
+def test_bytes_are_those_counted_by_hand(name, c, mode, passes):
+    job = ops.Job(OPS[name], c, mode=mode, baselines=("clone",))
+    rows = {row.impl: row for row in job.run(0.01)}
+    x_bytes = 4 * math.prod(next(iter(c.args.values())))
+    assert rows["fused"].passes == passes
+    assert rows["fused"].bytes == passes * x_bytes
+    assert rows["clone"].bytes == 2 * x_bytes
+    assert rows["fused"].gbps == pytest.approx(passes * x_bytes / rows["fused"].median_us / 1e3, rel=0.01)
+
+
+def test_original_module_is_the_baseline():
+    pytest.importorskip("timm", exc_type=ImportError) if support.importable("timm") else pytest.skip("no timm")
+    job = ops.Job(OPS["pool_mlp_scale"], SMALL, baselines=("eager",))
+    by = {s.name: s for s in job.subjects()}
+    assert by["eager"].source == "timm.layers.squeeze_excite.SEModule"
+    with torch.no_grad():
+        ours, theirs, module = (by[k].function(*by[k].args[0]) for k in ("fused", "eager", "fused module"))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(module, theirs)
+
+
+def busy(seconds):
+    def call():
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    return call
+
+
+def test_slow_shows_as_slow():
+    timings = measure.interleave([Candidate("quick", [busy(1e-3)]), Candidate("slow", [busy(3e-3)])], 0.1)
+    quick, slow = timings["quick"], timings["slow"]
+    assert 2.5 < slow.median_us / quick.median_us < 3.5
+    assert quick.p20_us <= quick.median_us <= quick.p80_us
+
+
+def test_short_calls_are_timed_in_bundles():
+    (timing,) = measure.interleave([Candidate("nothing", [lambda: None])], 0.01).values()
+    assert timing.calls_per_sample > 100
+    assert timing.median_us < 50
+
+
+def test_heap_stays_faulted_in():
+    if not measure.pin_heap():
+        pytest.skip("no glibc")
+    resource = pytest.importorskip("resource")
+    make = lambda: torch.empty(24 << 20).fill_(1)  # 96 MB: glibc would map and unmap it each time
+    make()
+    pages = (96 << 20) // resource.getpagesize()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        make()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2 * pages  # each time would be 5 of them
+
+
+def test_failing_baseline_is_reported(monkeypatch):
+    def broken(function, **options):
+        raise RuntimeError("no compiler today")
+
+    monkeypatch.setattr(ops, "compiled", lambda function, **options: lambda *args: broken(function))
+    rows = ops.Job(OPS["scale"], case(x=(2, 8, 6, 6), gate=(2, 8))).run(0.01)
+    failed = [r for r in rows if r.impl.startswith("inductor")]
+    assert len(failed) == 2
+    assert all(r.error == "RuntimeError: no compiler today" and r.median_us is None for r in failed)
+    assert "failed" in ops.summary(rows)
+    assert next(r for r in rows if r.impl == "fused").median_us is not None
+
+
+def synthetic(factor, run=0):
+    """Rows of the speed table where ours is everywhere `factor` times as fast as eager, Inductor just as fast."""
+    rows = []
+    cases = [ops.label(OPS[ops.SE], c) for c in ops.bench_cases(OPS[ops.SE])] + [ops.label(OPS[ops.SE], ops.HOST)]
+    for c in cases:
+        for mode in measure.MODES:
+            for impl, t in (
+                ("eager", 100.0),
+                ("inductor", 120.0),
+                ("inductor, no layout", 100.0),
+                ("fused module", 100 / factor),
+            ):
+                row = Row(ops.SE, c, mode, "float32", "nchw", "cpu", impl, "", "", median_us=t, run=run)
+                rows.append(row)
+    return rows
+
+
+def test_floors():
+    met = ops.floors(synthetic(5.0))
+    assert len(met) == 7
+    assert all(f.met for f in met)
+    assert all(f.measured == pytest.approx(5.0) for f in met)
+    missed = ops.floors(synthetic(0.9))
+    assert not any(f.met for f in missed)
+    best = ops.floors(synthetic(0.9) + synthetic(5.0, run=1))
+    assert all(f.met for f in best)
+    some = {f.name: f.met for f in ops.floors(synthetic(2.0))}
+    assert some["forward (inference), N=8"]
+    assert not some["forward (inference), N=1"]
+    assert all("not measured" in f.detail and not f.met for f in ops.floors([]))
+    assert "MISSED" in ops.floor_table(missed)
+
+
+def test_one_slow_shape_is_enough_to_miss():
+    rows = synthetic(5.0)
+    slow = next(i for i, r in enumerate(rows) if r.impl == "fused module" and r.case.startswith("8x2048"))
+    rows[slow] = dataclasses.replace(rows[slow], median_us=110.0)
+    (line,) = [f for f in ops.floors(rows) if f.name.startswith("forward, every shape")]
+    assert not line.met
+    assert line.measured == pytest.approx(100 / 110)
+
+
+def test_readme_is_fresh():
+    text = report.README.read_text()
+    assert report.render(text) == text, "README.md is stale: run `python -m bench report`"
+    for op in ("pool_mlp_scale", "scale", "channel_pool", "shared_mlp", "pool_scale"):
+        assert f"`{op}`" in text
+
+
+def test_report_of_results(tmp_path):
+    content = {
+        "schema": 1,
+        "kind": "ops",
+        "provenance": {
+            "device": "cpu", "device_name": "A CPU", "torch": "2", "threads": 1, "clock": "CPU time", "simd": "AVX2",
+            "git": "0123456789abcdef", "git_changed": False, "command": "python -m bench ops", "time": "2026-01-02",
+        },
+        "rows": [r.dict() for r in synthetic(2.0)],
+    }  # fmt: skip
+    (tmp_path / "a-cpu").mkdir()
+    (tmp_path / "a-cpu" / "ops-1.json").write_text(json.dumps(content))
+    content["floors"] = [f._asdict() for f in ops.floors(synthetic(2.0))]
+    (tmp_path / "a-cpu" / "floors-1.json").write_text(json.dumps(content))
+    text = report.measured(tmp_path)
+    assert "2.00" in text
+    assert "`python -m bench ops` at 0123456789, 2026-01-02" in text
+    assert "No GPU result is committed yet" in text
+    assert report.measured(tmp_path) == text
+
+
+def test_qualify_says_that_there_is_no_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["qualify"]) == 2
+    assert "no GPU" in capsys.readouterr().out
+
+
+def test_qualify_runs_items_in_workers(tmp_path, capsys):
+    match = r"^scale 2x3x7x7 .*float32 contiguous|more than 2\^31 elements, contiguous"
+    assert (
+        bench.main(["qualify", "--device", "cpu", "--only", "correctness", "--match", match, "--out", str(tmp_path)])
+        == 0
+    )
+    (path,) = tmp_path.glob("*/correctness-*.json")
+    content = json.loads(path.read_text())
+    assert content["counts"] == {"passed": 1, "not run": 1}
+    assert content["finished"]
+    assert content["items"][0]["error"]["eager"] < 1e-5
+    assert str(tmp_path) not in path.read_text()
+    assert "1 passed, 0 failed, 1 not run" in capsys.readouterr().out
+
+
+def test_qualify_times_kernels(tmp_path):
+    match = r"^scale .*nchw forward$"
+    assert bench.main(["qualify", "--device", "cpu", "--only", "kernels", "--match", match, "--minutes", "0.3",
+                       "--out", str(tmp_path)]) in (0, 1)  # fmt: skip
+    content = json.loads(next(tmp_path.glob("*/kernels-*.json")).read_text())
+    assert len(content["items"]) == 2
+
+
+def test_a_dying_worker_costs_one_item(tmp_path, monkeypatch):
+    """The item that killed its process is marked failed; the others run."""
+    import subprocess
+    import sys
+
+    log = tmp_path / "log.jsonl"
+    program = (
+        "import json, os, sys\n"
+        f"done = [json.loads(l)['name'] for l in open({str(log)!r})] if os.path.exists({str(log)!r}) else []\n"
+        f"say = lambda **e: open({str(log)!r}, 'a').write(json.dumps(e) + '\\n')\n"
+        "for name in ('a', 'deadly', 'b'):\n"
+        "    if name in done: continue\n"
+        "    say(name=name, status='begun', limit=60, at=0)\n"
+        "    if name == 'deadly': sys.exit('illegal memory access')\n"
+        "    say(name=name, status='passed')\n"
+    )
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    worker = qualify.Worker([sys.executable, "-c", program], log)
+    worker.start()
+    for _ in range(300):
+        worker.look()
+        if worker.done:
+            break
+        try:
+            worker.process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+    entries = {e["name"]: e for e in qualify._entries(log) if e["status"] != "begun"}
+    assert {name: e["status"] for name, e in entries.items()} == {"a": "passed", "deadly": "failed", "b": "passed"}
+    assert "illegal memory access" in entries["deadly"]["reason"]
+
+
+@pytest.mark.parametrize("command", [[], ["ops"], ["qualify"], ["report"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main([*command, "--help"])
+    assert stopped.value.code == 0
+    assert "usage: python -m bench" in capsys.readouterr().out
+
+
+def test_ops_command_writes_json_without_paths(tmp_path, capsys):
+    out = tmp_path / "results"
+    arguments = ["ops", "--op", "scale", "--case", "residual", "--mode", "forward", "--baseline", "eager", "clone"]
+    assert bench.main([*arguments, "--seconds", "0.05", "--out", str(out)]) == 0
+    (path,) = out.glob("*/ops-*.json")
+    text = path.read_text()
+    content = json.loads(text)
+    assert {r["impl"] for r in content["rows"]} == {"fused", "eager", "clone"}
+    assert content["provenance"]["command"].startswith("python -m bench ops --op scale")
+    assert str(tmp_path) not in text
+    assert str(support.ROOT) not in text
+    assert "vs eager" in capsys.readouterr().out
+
+
+def test_redrawn_gates_matter():
+    if not support.importable("timm"):
+        pytest.skip("timm is not installed")
+    from bench import demo
+
+    found = demo.errors(demo.build("seresnet50", 64), 64, "cpu")
+    assert found["gates"]["output"] > 1e-3
+    assert found["fused, float64"]["output"] < 1e-12
+    assert not demo.too_far(found)
+    assert demo.too_far(found | {"fused": {"output": 1e-3, "gradients": 0.0, "worst gradient": 0.0}})
+
+
+def test_timing_is_complete():
+    assert set(Timing.__dataclass_fields__) <= set(Row.__dataclass_fields__)

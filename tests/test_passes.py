@@ -1,0 +1,159 @@
+"""No op moves more than its budget: passes over feature maps are counted, not declared (passes.py)."""
+
+import pytest
+import torch
+from passes import Passes, counted, counting, counting_extension
+
+from fused_attn import OPS, testing
+
+SE = dict(x=[4, 64, 28, 28], w1=[4, 64], b1=[4], w2=[64, 4], b2=[64])
+TAIL = dict(SE, residual=[4, 64, 28, 28], epilogue="relu")
+MAX = dict(SE, max_weight=0.5)
+# (arguments, forward reads and writes, forward and backward in all): the budgets of design.md §2 and mechanisms.md §4
+TOTALS = {
+    "se": (SE, (2, 1), 7),
+    "se, residual, relu": (TAIL, (3, 1), 10),
+    "se with add_maxpool": (MAX, (2, 1), 8),
+}
+LAYOUTS = ("contiguous", "channels_last")
+SLACK = 0.05  # the first maximum of a plane is read again where it lies: one element of 35 in the smallest case
+
+
+def measured(case):
+    return "bench" not in case.tags and case.args.get("x", (0,))[0] != 0
+
+
+REQUESTS = [
+    dict(op=op.name, case=i, layout=layout, dtype=dtype)
+    for op in OPS.values()
+    if op.formula is not None and "x" in op.maps
+    for i, case in enumerate(op.cases)
+    if measured(case)
+    for layout in (*LAYOUTS, "sliced")
+    for dtype in ("float32", "bfloat16")
+] + [
+    dict(op="pool_mlp_scale", args=args, layout=layout, total=total, forward=forward)
+    for args, forward, total in TOTALS.values()
+    for layout in LAYOUTS
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The counting extension; skips where the usual one isn't built here."""
+    why = testing.missing(OPS["scale"], "cpp")
+    if why is not None:
+        pytest.skip(f"cpp: {why}")
+    return counting_extension()
+
+
+@pytest.fixture(scope="session")
+def answers(library):
+    """The counts of all requests, from one process."""
+    wanted = [r for r in REQUESTS if testing.missing(OPS[r["op"]], "cpp") is None]
+    return list(zip(wanted, counted(library, wanted), strict=True))
+
+
+def test_every_launch_keeps_its_budget(answers):
+    """Forward and backward, each op, mode, layout: no launch exceeds what its op declares for these arguments."""
+    seen, wrong = set(), []
+    for request, answer in answers:
+        for name, reads, writes, budget in answer["launches"]:
+            assert budget is not None, f"{name} has no budget"
+            seen.add(name)
+            if reads > budget[0] + SLACK or writes > budget[1] + SLACK:
+                wrong.append(f"{name} in {request}: {reads:.2f} R {writes:.2f} W, budget {budget[0]} R {budget[1]} W")
+    assert not wrong, "\n".join(wrong)
+    mapped = {op.name for op in OPS.values() if op.maps}
+    assert seen >= mapped - {"pool_scale_reduce", "pool_scale_apply"}, "an op was never launched"
+
+
+def test_every_launch_is_counted(answers):
+    """A launch of an op that must write a map writes one: the counters are connected."""
+    for request, answer in answers:
+        for name, _, writes, budget in answer["launches"]:
+            assert writes >= min(budget[1], 1) - SLACK, f"{name} in {request}: {writes} W"
+        name, reads, *_ = answer["launches"][0]
+        assert reads >= 1 - SLACK, f"{name} in {request}: {reads} R"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", TOTALS)
+def test_totals_end_to_end(answers, what, layout):
+    """Forward and backward of one call, with every ATen operator that runs around the kernels."""
+    args, (reads, writes), total = TOTALS[what]
+    answer = next(a for r, a in answers if r.get("args") == args and r["layout"] == layout)
+    for mode in ("inference", "forward"):
+        passes = Passes(**answer[mode])
+        assert passes.reads <= reads + SLACK, f"{mode}: {passes}"
+        assert passes.writes <= writes + SLACK, f"{mode}: {passes}"
+    forward, backward = Passes(**answer["forward"]), Passes(**answer["backward"])
+    assert forward.total + backward.total <= total + SLACK, f"{forward} and {backward}; ATen: {answer['aten']}"
+
+
+def test_a_strided_gradient_costs_one_copy(library):
+    """A gradient that no kernel walks is copied, once: the mode sees what happens around the kernels."""
+    plain, strided = counted(
+        library, [dict(op="pool_mlp_scale", args=SE, gradient=g) for g in ("contiguous", "expanded")]
+    )
+    assert any("copy_" in line for line in strided["aten"]), strided
+    assert Passes(**strided["backward"]).writes == pytest.approx(Passes(**plain["backward"]).writes + 1, abs=SLACK)
+
+
+def test_budget_can_be_exceeded(library):
+    """The same counters, on a call that does the work twice: what the tests above would say of a wasteful kernel."""
+    once, twice = counted(library, [dict(op="channel_pool", args=dict(x=SE["x"]), repeat=n) for n in (1, 2)])
+    assert twice["inference"]["reads"] == pytest.approx(2 * once["inference"]["reads"])
+    assert twice["inference"]["reads"] > 1 + SLACK
+
+
+@pytest.fixture
+def timm_se():
+    import support  # noqa: F401  (makes timm importable beside a CPU torch)
+
+    return pytest.importorskip("timm.layers").SEModule
+
+
+def eager_passes(module, x, after=lambda y: y):
+    x = x.requires_grad_()
+    with counting(x.numel()) as forward:
+        y = after(module(x))
+    dy = torch.randn_like(y)
+    with counting(x.numel()) as backward:
+        torch.autograd.grad(y, [x, *module.parameters()], dy)
+    return forward, backward
+
+
+def test_eager_counts(timm_se):
+    """The counter finds, for timm's real module, what mechanisms.md §4 has: 13, 21 and 22 passes."""
+    x, identity = torch.randn(4, 256, 16, 16), torch.randn(4, 256, 16, 16, requires_grad=True)
+    forward, backward = eager_passes(timm_se(256), x)
+    assert forward.passes == Passes(2, 1), forward.log
+    assert forward.passes.total + backward.passes.total == 13, forward.log + backward.log
+    forward, backward = eager_passes(timm_se(256), x, lambda y: torch.relu(y + identity))
+    assert forward.passes == Passes(5, 3), forward.log
+    assert forward.passes.total + backward.passes.total == 21, forward.log + backward.log
+    forward, backward = eager_passes(timm_se(256, add_maxpool=True), x)
+    assert forward.passes == Passes(3, 1), forward.log
+    assert forward.passes.total + backward.passes.total == 22, forward.log + backward.log
+
+
+def test_counter_on_known_operators():
+    """Views and allocations are free, an expanded tensor has the storage it has, in-place operators read and write."""
+    x = torch.randn(2, 8, 6, 6)
+    for run, reads, writes in [
+        (lambda: x.view(2, 8, 36).transpose(1, 2)[:1], 0, 0),
+        (lambda: torch.empty_like(x), 0, 0),
+        (lambda: x.mean((2, 3)), 1, 0),
+        (lambda: x.clone(), 1, 1),
+        (lambda: x * x, 2, 1),
+        (lambda: torch.zeros_like(x), 0, 1),
+        (lambda: torch.ones(1, 1, 1, 1).expand_as(x) + 0 * x, 2, 2),
+        (lambda: x.clone().add_(1), 2, 2),
+        (lambda: torch.empty_like(x).copy_(x), 1, 1),
+        (lambda: x.half(), 1, 1),
+        (lambda: x.detach()[:, :4].clone(), 0.5, 0.5),
+    ]:
+        with counting(x.numel()) as mode:
+            run()
+        assert (mode.passes.reads, mode.passes.writes) == (reads, writes), mode.log

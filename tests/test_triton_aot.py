@@ -1,0 +1,337 @@
+"""Every Triton kernel, compiled ahead of time for four targets without a GPU: registers, spills, widths of accesses.
+
+What is compiled is what the launchers launch: they run on meta tensors, and a launch is caught before any driver.
+"""
+
+import functools
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import fused_attn.ops
+from fused_attn import OPS, backend
+from fused_attn.ops import activations
+from fused_attn.registry import Op
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if backend.interpreting():
+    pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+SIDES = {49: 7, 196: 14, 784: 28, 3136: 56}
+
+MODULES = [
+    importlib.import_module(f"fused_attn.ops.{m.name}")
+    for m in pkgutil.iter_modules(fused_attn.ops.__path__)
+    if m.name.endswith("_triton")
+]
+KERNELS = {
+    name: value
+    for module in MODULES
+    for name, value in vars(module).items()
+    if isinstance(value, JITFunction) and name.endswith("_kernel") and value.__module__ == module.__name__
+}
+
+
+class Launch(NamedTuple):
+    """One caught launch."""
+
+    kernel: JITFunction
+    args: tuple
+    meta: dict
+
+
+class Built(NamedTuple):
+    """What a compiler made of one launch."""
+
+    registers: int
+    spilled: int
+    loads: dict  # width in bits -> how many
+    stores: dict
+    text: str
+
+
+@pytest.fixture
+def caught(monkeypatch):
+    """Launches instead of running: a list that fills."""
+    launches = []
+    monkeypatch.setattr(
+        JITFunction, "run", lambda self, *args, grid, warmup, **meta: launches.append(Launch(self, args, meta))
+    )
+    return launches
+
+
+@functools.cache
+def _built(name, target, args, options):
+    kernel, to = KERNELS[name], TARGETS[target]
+    signature, constants, attributes = map(dict, args)
+    source = ASTSource(kernel, signature, constants, {k: [list(a) for a in v] for k, v in attributes.items()})
+    return _read(triton.compile(source, target=to, options=dict(options)), to)
+
+
+def built(launch, target):
+    """Compiles one launch as Triton's own launcher would: its binder decides what is constant, aligned, or 1."""
+    compiler = make_backend(TARGETS[target])
+    binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, compiler)
+    meta = dict(launch.meta)
+    if target == "gfx942":  # what tile.py makes of it there: as many threads, in wider waves
+        meta["num_warps"] = max(1, meta["num_warps"] // 2)
+        meta.pop("maxnreg", None)
+    bound, specialization, options = binder(*launch.args, **meta)
+    options, signature, constants, attributes = launch.kernel._pack_args(compiler, meta, bound, specialization, options)
+    frozen = (
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple((k, tuple(tuple(a) for a in v)) for k, v in attributes.items()),
+    )
+    chosen = {k: v for k, v in meta.items() if k in ("num_warps", "enable_fp_fusion", "maxnreg")}
+    return _built(launch.kernel.__name__, target, frozen, tuple(chosen.items()))
+
+
+def _read(compiled, target):
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+        spilled = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
+        wide = {
+            "ubyte": 8,
+            "ushort": 16,
+            "short": 16,
+            "byte": 8,
+            "dword": 32,
+            "dwordx2": 64,
+            "dwordx3": 96,
+            "dwordx4": 128,
+        }
+        found = [
+            (kind, wide.get(size, 16))
+            for kind, size in re.findall(r"\b(?:global|buffer)_(load|store)_([a-z]+\w*)", text)
+        ]
+        registers = number("vgpr_count")
+    else:
+        path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"fused_attn-{os.getpid()}.cubin")
+        with open(path, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        tool = lambda *command: (
+            subprocess.run(
+                [os.path.join(TOOLS, command[0]), *command[1:], path], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", tool("cuobjdump", "-res-usage"))
+        text = tool("nvdisasm", "-c")
+        os.remove(path)
+        registers, stack, local = map(int, usage.groups())
+        spilled = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", text))
+        found = []
+        for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", text):
+            width = re.search(r"\.(128|64|256|[US]16|[US]8)\b", modifiers)
+            found.append(
+                ("load" if kind == "LDG" else "store", int(re.sub(r"\D", "", width.group(1))) if width else 32)
+            )
+    loads, stores = ({w: found.count((kind, w)) for k, w in found if k == kind} for kind in ("load", "store"))
+    return Built(registers, spilled, loads, stores, text)
+
+
+def assert_lean(kernel, b):
+    assert b.spilled == 0, f"{kernel} spills"
+    assert b.registers <= 128, f"{kernel} takes {b.registers} registers"
+    # atomics on floats would make the order of a sum, and so its last bits, a matter of luck
+    assert not re.search(r"\b(?:ATOM|ATOMG|RED)\b[.\w]*|(?:global|flat|buffer)_atomic", b.text), f"{kernel} has atomics"
+
+
+def empty(shape, dtype, kind="planes"):
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    return t.contiguous(memory_format=torch.channels_last) if kind == "pixels" else t
+
+
+def run(name, *args):
+    """One op's launcher, as backend.py finds it."""
+    op: Op = OPS[name]
+    return getattr(importlib.import_module(op.eager.__module__ + "_triton"), name)(*args)
+
+
+def map_launches(size, kind, dtype, act="relu", n=2, c=64):
+    """Every pass over feature maps: what is pooled, scaled, and the ways back."""
+    acc = F64 if dtype == F64 else F32
+    x, dy, residual = (empty((n, c, SIDES.get(size, size), SIDES.get(size, size)), dtype, kind) for _ in range(3))
+    gate, both, index = empty((n, c), acc), empty((2, n, c), acc), empty((n, c), torch.int64)
+    aux = activations.needs_aux(act, True) and residual
+    run("channel_pool", x, "mean", "split", False)
+    run("channel_pool", x, "mean_max", "first", True)
+    run("scale", x, gate, residual, act, 0.01)
+    run("scale_bwd", x, gate, aux, dy, act, 0.01, True)
+    run("pool_scale_reduce", x, dy, gate, aux, both[1], act, 0.01, "mean_max", "split", True)
+    run("pool_scale_apply", x, dy, gate, both, both[1], index, gate, act, 0.01, "mean_max", "split")
+    run("pool_scale_apply", x, dy, gate, both[0], both[1], index, gate, "identity", 0.01, "mean", "split")
+    run("channel_pool_bwd", x, both, both, index, "mean_max", "first")
+
+
+def network(c, hidden, dtype, act="relu", norm="none"):
+    """The tensors and options of an Mlp."""
+    v = lambda: empty((hidden,), dtype)
+    normed = (v(), v(), None, None) if norm == "batch" else (None,) * 4
+    prelu = v() if act == "prelu" else None
+    w1, w2 = empty((hidden, c, 1, 1), dtype), empty((c, hidden, 1, 1), dtype)
+    return (w1, v(), w2, empty((c,), dtype), *normed, prelu, None, act, "sigmoid", 0.01, norm, 1e-5)
+
+
+def mlp_launches(rows, c, hidden, dtype, acts=("relu",), many=1):
+    p = empty((many, rows, c), F32 if dtype == BF16 else dtype)
+    for act in acts:
+        net = network(c, hidden, dtype, act)
+        gate, saved = run("shared_mlp", p, *net)
+        run("shared_mlp_bwd", p, gate, saved, *net)
+    run("shared_mlp", p, *network(c, hidden, dtype, acts[0], "batch"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel(caught, target):
+    """Each kernel there is, for each target: a new one that the calls here don't reach fails the test."""
+    map_launches(49, "planes", BF16)
+    run("channel_pool", empty((1, 8, 56, 56), BF16, "pixels"), "mean_max", "first", True)  # split, so merged
+    x = empty((1, 8, 56, 56), F32, "pixels")
+    run("scale_bwd", x, empty((1, 8), F32), None, x, "identity", 0.01, False)
+    mlp_launches(8, 256, 16, F32)
+    assert {launch.kernel.__name__ for launch in caught} == set(KERNELS), "kernels without a test"
+    seen = set()
+    for launch in caught:
+        if target != "sm_90" and launch.kernel.__name__ in seen:
+            continue  # one variant of each will do where the next test looks closer at another target
+        seen.add(launch.kernel.__name__)
+        assert_lean(launch.kernel.__name__, built(launch, target))
+
+
+def maps_of(launch):
+    """How many feature maps a launch loads and stores at least once."""
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    is_map = lambda name: isinstance(given.get(name), torch.Tensor) and given[name].dim() == 4
+    outs = {"y_ptr", "dx_ptr", "e_ptr"}
+    if launch.kernel.__name__ == "_pool_scale_apply_kernel":
+        outs.remove("e_ptr")
+    return sum(is_map(n) for n in given if n not in outs), sum(is_map(n) for n in outs)
+
+
+def assert_wide(launch, target, what):
+    b = built(launch, target)
+    assert_lean(what, b)
+    loaded, stored = maps_of(launch)
+    # Descriptors and gates may be loaded in any width. No map may be, nor anything in 16 bits.
+    assert b.loads.get(128, 0) >= loaded, f"{what}: {b.loads} for {loaded} maps"
+    assert b.stores.get(128, 0) >= stored, f"{what}: {b.stores} for {stored} maps"
+    element = launch.args[0].element_size() * 8 if launch.args[0] is not None else 16
+    if element == 16:
+        assert 16 not in {*b.loads, *b.stores}, f"{what}: {b.loads} {b.stores}"
+
+
+def check_widths(caught, size, kind, dtype, target):
+    map_launches(size, kind, dtype)
+    for launch in caught:
+        if launch.meta.get("V") is not None:
+            assert launch.meta["V"] == 16 // dtype.itemsize
+            assert_wide(launch, target, f"{launch.kernel.__name__} at HW={size}, {kind}, {dtype}, {target}")
+
+
+@pytest.mark.parametrize(("size", "kind"), [(49, "planes"), (49, "pixels"), (784, "planes")])
+def test_wide_accesses(caught, size, kind):
+    check_widths(caught, size, kind, BF16, "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("kind", ["planes", "pixels"])
+@pytest.mark.parametrize("size", SIDES)
+def test_wide_accesses_everywhere(caught, size, kind, dtype, target):
+    check_widths(caught, size, kind, dtype, target)
+
+
+def test_wide_accesses_in_float32(caught):
+    """The odd size, in the dtype of training without autocast."""
+    x, gate = empty((2, 64, 7, 7), F32), empty((2, 64), F32)
+    run("channel_pool", x, "mean", "split", False)
+    run("scale", x, gate, empty(x.shape, F32), "relu", 0.01)
+    run(
+        "pool_scale_reduce",
+        x,
+        empty(x.shape, F32),
+        gate,
+        empty(x.shape, F32),
+        gate,
+        "relu",
+        0.01,
+        "mean",
+        "split",
+        True,
+    )
+    for launch in caught:
+        assert_wide(launch, "sm_90", launch.kernel.__name__)
+
+
+def test_a_slice_of_pixels_is_wide_too(caught):
+    x = empty((2, 96, 7, 7), BF16, "pixels")[:, 32:]
+    run("scale", x, empty((2, 64), F32), None, "identity", 0.01)
+    assert_wide(caught[0], "sm_90", "a slice")
+
+
+def test_narrow_accesses_are_seen(caught):
+    """The check can fail: 3·49 elements a sample leave no room for vectors."""
+    run("scale", empty((2, 3, 7, 7), BF16), empty((2, 3), F32), None, "identity", 0.01)
+    with pytest.raises(AssertionError, match="maps"):
+        assert_wide(caught[0], "sm_90", "a narrow one")
+
+
+def test_more_than_2_to_the_31_elements(caught):
+    """Offsets inside a sample are 32 bits where those suffice; samples are 64-bit addresses always."""
+    run("scale", empty((40, 1024, 256, 256), BF16), empty((40, 1024), F32), None, "identity", 0.01)
+    run("scale", empty((1, 1024, 2048, 2048), BF16), empty((1, 1024), F32), None, "identity", 0.01)
+    assert [launch.meta["BIG"] for launch in caught] == [False, True]
+    for launch in caught:
+        assert_wide(launch, "sm_90", "a large map")
+
+
+@pytest.mark.parametrize("dtype", [BF16, F64], ids=str)
+def test_heaviest(caught, dtype):
+    """The variants that hold most at once still fit: everything wanted of one pass, an expensive activation."""
+    map_launches(49, "planes", dtype, act="gelu")
+    for launch in caught[3:6]:
+        assert_lean(launch.kernel.__name__, built(launch, "sm_90"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [BF16, F64], ids=str)
+@pytest.mark.parametrize("size", [1, 13])
+@pytest.mark.parametrize("kind", ["planes", "pixels"])
+def test_odd_sizes(caught, kind, size, dtype, target):
+    """Sizes where numbers are 1, and so constants; odd channels."""
+    for n, c in ((1, 1), (3, 17)):
+        map_launches(size, kind, dtype, "silu", n, c)
+    for launch in caught:
+        assert_lean(launch.kernel.__name__, built(launch, target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(("rows", "c", "hidden"), [(1, 1, 1), (1, 64, 4), (8, 2048, 128), (256, 2048, 128)])
+def test_networks(caught, rows, c, hidden, dtype, target):
+    mlp_launches(rows, c, hidden, dtype, acts=("gelu", "prelu"), many=2)
+    for launch in caught:
+        assert_lean(launch.kernel.__name__, built(launch, target))
