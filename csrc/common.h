@@ -173,7 +173,14 @@ auto by_dtype(ScalarType dtype, const F& f) {
 }
 inline ScalarType acc_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
-using torch::stable::parallel_for;
+// f(begin, end) over torch's thread pool; a range that one thread takes whole costs no call into torch.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  if (end - begin > grain)
+    torch::stable::parallel_for(begin, end, grain, f);
+  else if (begin < end)
+    f(begin, end);
+}
 // Work items per thread at least, so that a thread's share is worth waking it for (32k elements, about 5 µs).
 inline int64_t grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements_per_item, 1));
@@ -181,7 +188,17 @@ inline int64_t grain(int64_t elements_per_item) {
 
 }  // namespace fa
 
-// Registers the op's kernel, and the one that returns its first output alone, under the schemas in ops.gen.h.
-#define FA_REGISTER(op)                                                        \
-  STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpp, m) { m.def(fa::op##_schema); } \
-  STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpp, CPU, m) { m.impl(#op, TORCH_BOX(&fa::op##_cpu)); }
+// Registers an op's kernel and its options, under the schemas in ops.gen.h; FA_REGISTER_INFER the one of its first
+// output alone.
+#define FA_REGISTER(op)                                                     \
+  STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpp, m) {                        \
+    m.def(fa::op##_schema);                                                 \
+    m.def(fa::op##_options_schema);                                         \
+  }                                                                         \
+  STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpp, CompositeExplicitAutograd, m) { \
+    m.impl(#op "_options", TORCH_BOX(&fa::op##_register));                  \
+  }                                                                         \
+  STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpp, CPU, m) { m.impl(#op, TORCH_BOX(&fa::op##_call)); }
+#define FA_REGISTER_INFER(op)                                                        \
+  STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpp, m) { m.def(fa::op##_infer_schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpp, CPU, m) { m.impl(#op "_infer", TORCH_BOX(&fa::op##_infer_call)); }

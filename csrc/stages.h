@@ -26,6 +26,16 @@ bool streams(const Map& out) {
          out.sn * size % 64 == 0 && step % 64 == 0;
 }
 
+// Counts (outer, inner) pairs from a flat number on: two divisions for a range, and not for every run of 49 elements in
+// it.
+struct Place {
+  Place(int64_t flat, int64_t size) : outer(flat / size), inner(flat % size), size(size) {}
+  void next() {
+    if (++inner == size) inner = 0, ++outer;
+  }
+  int64_t outer, inner, size;
+};
+
 // Which code an epilogue needs: nothing, the one that nearly all networks have, or a switch per vector.
 enum class Epi { identity, relu, other };
 
@@ -42,6 +52,8 @@ enum class Back { add, share, sign };
 
 enum class Pool { mean, max, mean_max, mean_abs };
 Pool pool_of(const std::string& name);
+// Whether ties are split; complains about another rule than "split" and "first".
+bool splits(const std::string& ties);
 constexpr bool has_max(Pool pool) { return pool == Pool::max || pool == Pool::mean_max; }
 
 // mean[n, c] (of |x| for mean_abs), max[n, c], index[n, c] of the first maximum; a null pointer where it isn't wanted.

@@ -68,23 +68,58 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-class Implementation(NamedTuple):
-    """How one backend runs one op: all outputs, and (where it has a shorter way) the public outputs alone."""
+class Implementation:
+    """How one backend runs one op: all outputs, or with `infer` the public ones alone."""
 
-    run: Callable[..., Any]
-    infer: Callable[..., Any]
+    def __init__(self, op: "Op", run: Callable[..., Any]) -> None:
+        self.op, self.all = op, run
+
+    def run(self, args: tuple[Any, ...], tensors: list[Tensor], infer: bool) -> Any:
+        """args: all arguments; tensors: those of them that are tensors."""
+        self.op.check(*args)
+        outs = self.all(*args)
+        return self.op.public(args, outs) if infer else outs
+
+
+class CppImplementation(Implementation):
+    """A compiled kernel: called with the list of the tensors that are there and the number of its options (_codegen.py)."""
+
+    def __init__(self, op: "Op") -> None:
+        functions = torch.ops.fused_attn_cpp
+        super().__init__(op, getattr(functions, op.name).default)
+        self.first = getattr(functions, op.name + "_infer").default if op.alone else None
+        self.register = getattr(functions, op.name + "_options").default
+        self.numbers: dict[tuple[Any, ...], tuple[int, bool]] = {}
+
+    def number(self, args: tuple[Any, ...]) -> tuple[int, bool]:
+        """The number of these options, and whether the kernel of the first output alone will do."""
+        count = self.op.count
+        key = (*map(type, args[:count]), *args[count:])
+        found = self.numbers.get(key)
+        if found is None:
+            mask = sum(1 << i for i, t in enumerate(args[:count]) if t is not None)
+            alone = self.first is not None and self.op.alone(*args)  # type: ignore[misc]
+            found = self.numbers[key] = self.register(mask, *args[count:]), alone
+        return found
+
+    def run(self, args: tuple[Any, ...], tensors: list[Tensor], infer: bool) -> Any:
+        # The kernel checks its arguments itself, in half a microsecond; Python repeats a complaint, in words that name one.
+        try:
+            number, alone = self.number(args)
+            if infer and alone:
+                return self.first(tensors, number)  # type: ignore[misc]
+            outs = self.all(tensors, number)
+        except (RuntimeError, TypeError):
+            self.op.check(*args)
+            raise
+        return self.op.public(args, outs) if infer else outs
 
 
 _found: dict[tuple[str, str], Implementation | str] = {}
 
 
-def define(op: "Op") -> None:
-    """The eager form is there from the start; other backends are looked up on the first call that could use them."""
-    _found[op.name, "eager"] = Implementation(op.eager, lambda *args: op.public(args, op.eager(*args)))
-
-
 def implementation(op: "Op", backend: str) -> Implementation | str:
-    """How `backend` runs `op`, or the reason why it can't run it on this machine at all."""
+    """How `backend` runs `op`, or the reason why it can't run it on this machine at all. Looked up on the first call."""
     key = (op.name, backend)
     if key not in _found:
         _found[key] = _find(op, backend)
@@ -92,24 +127,18 @@ def implementation(op: "Op", backend: str) -> Implementation | str:
 
 
 def _find(op: "Op", backend: str) -> Implementation | str:
+    if backend == "eager":
+        return Implementation(op, op.eager)
     if backend == "cpp":
         if (why := extension()) is not None:
             return why
-        functions = torch.ops.fused_attn_cpp
-        if not hasattr(functions, op.name):
-            return "this op has no C++ kernel"
-        run = getattr(functions, op.name).default
-        if op.alone is not None and hasattr(functions, op.name + "_infer"):
-            first, alone = getattr(functions, op.name + "_infer").default, op.alone
-            return Implementation(run, lambda *args: first(*args) if alone(*args) else op.public(args, run(*args)))
-    else:
-        if (why := triton_missing()) is not None:
-            return why
-        module = op.eager.__module__ + "_triton"
-        if importlib.util.find_spec(module) is None:
-            return "this op has no Triton kernel"
-        run = getattr(importlib.import_module(module), op.name)
-    return Implementation(run, lambda *args: op.public(args, run(*args)))
+        return CppImplementation(op) if hasattr(torch.ops.fused_attn_cpp, op.name) else "this op has no C++ kernel"
+    if (why := triton_missing()) is not None:
+        return why
+    module = op.eager.__module__ + "_triton"
+    if importlib.util.find_spec(module) is None:
+        return "this op has no Triton kernel"
+    return Implementation(op, getattr(importlib.import_module(module), op.name))
 
 
 def interpreting() -> bool:
@@ -125,6 +154,7 @@ def triton_missing() -> str | None:
 
 
 _extension: list[str | None] = []
+_LIBRARY = torch.library.Library("fused_attn_cpp", "IMPL")
 
 
 def extension() -> str | None:
@@ -140,6 +170,10 @@ def _load() -> str | None:
         return "the C++ extension is not built"
     try:
         torch.ops.load_library(str(files[0]))
+        names = [n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_attn_cpp::")]
+        for name in names:  # nothing to do for autograd here: the way through its fallback costs a microsecond
+            for key in ("AutogradCPU", "ADInplaceOrView"):
+                _LIBRARY.impl(name, torch.library.fallthrough_kernel, key)
     except Exception as error:  # whatever is wrong with the file, the library works without it
         return f"the C++ extension does not load: {str(error).splitlines()[0]}"
     return None
@@ -153,11 +187,14 @@ def refusal(op: "Op", backend: str, args: tuple[Any, ...]) -> str | None:
     if isinstance(found, str):
         return found
     x: Tensor = args[0]
-    device = x.device.type
-    if backend == "cpp" and device != "cpu":
-        return f"runs on the CPU, and {op.arguments[0]} is on {device}"
-    if backend == "triton" and device != "cuda" and not interpreting():
-        return f"runs on a GPU, and {op.arguments[0]} is on {device} (TRITON_INTERPRET=1 runs it in Triton's interpreter)"
+    if backend == "cpp":
+        if not x.is_cpu:
+            return f"runs on the CPU, and {op.arguments[0]} is on {x.device.type}"
+    elif not x.is_cuda and not interpreting():
+        return (
+            f"runs on a GPU, and {op.arguments[0]} is on {x.device.type} "
+            "(TRITON_INTERPRET=1 runs it in Triton's interpreter)"
+        )
     if x.dtype not in _DTYPES:
         return f"{op.arguments[0]} is {x.dtype}"
     first = None
@@ -191,35 +228,23 @@ def choose(op: "Op", args: tuple[Any, ...]) -> Choice:
     raise AssertionError("unreachable: eager accepts everything")
 
 
-def run(op: "Op", args: tuple[Any, ...], infer: bool) -> Any:
-    """Runs the chosen backend. The arguments are checked once: in C++ where that runs, so that the usual call is short."""
-    choice = choose(op, args) if _observers else None
-    name = choice.backend if choice is not None else _quick(op, args)
-    found = implementation(op, name)
-    assert not isinstance(found, str)
-    function = found.infer if infer else found.run
-    if name == "cpp":
-        try:
-            outs = function(*args)
-        except RuntimeError:
-            op.check(*args)  # the same complaint in words that name the argument
-            raise
-    else:
-        op.check(*args)
-        outs = function(*args)
-    if choice is not None:
-        for observer in _observers:
-            observer(choice)
+def run(op: "Op", args: tuple[Any, ...], infer: bool, tensors: list[Tensor]) -> Any:
+    """Runs the chosen backend: all outputs, or with `infer` the public ones. tensors: the arguments that are tensors."""
+    if not _observers and _forced.get() == "auto":
+        found = _found.get((op.name, "cpp"))
+        if type(found) is CppImplementation and tensors[0].is_cpu and tensors[0].dtype in _DTYPES:
+            for _, index in op.map_indices:
+                if args[index] is not None and not args[index].is_contiguous():
+                    break
+            else:  # what `choose` would say, in a tenth of the time: this is the usual call
+                return found.run(args, tensors, infer)
+    choice = choose(op, args)
+    chosen = implementation(op, choice.backend)
+    assert not isinstance(chosen, str)
+    outs = chosen.run(args, tensors, infer)
+    for observer in _observers:
+        observer(choice)
     return outs
-
-
-def _quick(op: "Op", args: tuple[Any, ...]) -> str:
-    """The name that `choose` would give, without spelling out reasons: this is what every call pays."""
-    if _forced.get() == "auto":
-        for name in ORDER.get(args[0].device.type, ("eager",)):
-            if refusal(op, name, args) is None:
-                return name
-    return choose(op, args).backend
 
 
 @contextmanager

@@ -15,26 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _DisableAutocast,  # type: ignore[attr-defined]
-    _get_tracing_state,
-    _is_torch_function_mode_enabled,  # type: ignore[attr-defined]
-    _len_torch_dispatch_stack,
-)
-from torch._C._functorch import peek_interpreter_stack
+from torch._C import _DisableAutocast  # type: ignore[attr-defined]
 
-from . import backend
+from . import autograd, backend
+from .autograd import is_plain, is_transformed
 
 __all__ = ["BLOCKS", "OPS", "Block", "Case", "Op", "case", "op"]
 
 LIB = torch.library.Library("fused_attn", "DEF")
 OPS: dict[str, "Op"] = {}
 BLOCKS: dict[str, "Block"] = {}
-
-# Everything a launcher takes as it is. A subclass of Tensor, a proxy or a symbolic number goes to the registered operator.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, float, int, bool})
-# One call instead of three where nothing is unusual, which is nearly always: together these cost less than a microsecond.
-_is_compiling = torch.compiler.is_compiling
 
 
 @dataclass(frozen=True)
@@ -80,46 +70,52 @@ class Op:
         self.schema = torch.library.infer_schema(eager, mutates_args=(), op_name=self.name)
         self.arguments = tuple(signature.parameters)
         self._defaults = tuple(p.default for p in signature.parameters.values())
-        self._arity = len(self.arguments)
-        self._save, self._backward, self._public, self.alone = save, backward, public, alone
+        self.arity = len(self.arguments)
+        self.save, self.backward, self._public, self.alone = save, backward, public, alone
         LIB.define(self.schema)
         self.overload = getattr(torch.ops.fused_attn, self.name).default
         arguments, returns = self.overload._schema.arguments, self.overload._schema.returns
         self.tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
-        self.returns = len(returns)
+        assert self.tensors == tuple(range(len(self.tensors))), f"{self.name}: tensors come before options"
+        self.count, self.returns = len(self.tensors), len(returns)
         self.map_indices = tuple((name, self.arguments.index(name)) for name in self.maps)
-        LIB.impl(self.name, lambda *args: self.launch(self._bind(args, {})), "CompositeExplicitAutograd")
+        LIB.impl(self.name, lambda *args: self.launch(self.bind(args, {})), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fused_attn::{self.name}", self.eager, lib=LIB)
-        self._function = _autograd_function(self) if backward else None
-        _register_autograd(self)
-        backend.define(self)
+        self._launching = autograd.launching(self) if backward else None
+        self._transformed = autograd.transformed(self)
+        autograd.register(self, LIB)
         OPS[self.name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != self._arity:
-            args = self._bind(args, kwargs)
+        if kwargs or len(args) != self.arity:
+            args = self.bind(args, kwargs)
         if not is_plain(args):
-            outs = self.overload(*args)
-            return self._public(args, outs) if self._public else outs
+            outs = (self._transformed.apply if is_transformed() else self.overload)(*args)
+            return self.public(args, outs)
+        count = self.count
+        tensors = [t for t in args[:count] if t is not None]
         if torch.is_grad_enabled():
-            for i in self.tensors:
-                if args[i] is not None and args[i].requires_grad:
-                    return _differentiable(self, args)
-        return self.launch(args, infer=True)
+            for t in tensors:
+                if t.requires_grad:
+                    if self._launching is None:
+                        raise autograd.no_second(self)
+                    return self._launching.apply(args[count:], *args[:count])
+        return backend.run(self, args, True, tensors)
 
     def __repr__(self) -> str:
         return f"<fused_attn op {self.schema}>"
 
-    def launch(self, args: tuple[Any, ...], infer: bool = False) -> Any:
-        """Runs one backend on plain tensors, recording nothing. All outputs, or with `infer` the public ones alone."""
-        return backend.run(self, args, infer)
+    def launch(self, args: tuple[Any, ...]) -> Any:
+        """Runs one backend on plain tensors, recording nothing, and returns all outputs."""
+        return backend.run(self, args, False, [t for t in args[: self.count] if t is not None])
 
     def public(self, args: tuple[Any, ...], outs: Any) -> Any:
         """What the caller of the public function sees of all outputs of the operator."""
         return self._public(args, outs) if self._public else outs
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        if not kwargs and len(args) < self._arity and self._defaults[len(args)] is not inspect.Parameter.empty:
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments by position, defaults filled in. Raises TypeError as a call of the function would."""
+        if not kwargs and len(args) < self.arity and self._defaults[len(args)] is not inspect.Parameter.empty:
             return args + self._defaults[len(args) :]
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -144,7 +140,7 @@ def op(
     formula: the equations in differentiable PyTorch, returning the public outputs; in float64 it is the truth of the tests
     check: raises for arguments that no backend could take, naming the argument, what was expected and what came
     save: (args, outs) -> (tensors kept for backward, constants)
-    backward: (tensors, constants, gradients of the public outputs, needs) -> one gradient or None per argument
+    backward: (tensors, constants, gradients of the public outputs, needs) -> one gradient or None per tensor argument
     public: (args, outs) -> what the caller sees, where that isn't all of the operator's outputs
     alone: args -> whether that is the first output alone, so that a kernel which returns no other may run without gradients
     maps: names of the arguments as large as a feature map; a compiled backend must find each of them in x's layout
@@ -177,79 +173,12 @@ def _keeping_dtypes(eager: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether a launcher may run on these arguments: no compiler, tracer, mode, transform or subclass wants to see the op."""
-    if _is_compiling() or _len_torch_dispatch_stack() or _is_torch_function_mode_enabled():
-        return False
-    if peek_interpreter_stack() is not None or _get_tracing_state() is not None:
-        return False
-    for a in args:  # a loop: `all` over a generator takes three times as long, and this runs on every call
-        if type(a) not in _PLAIN:
-            return False
-    return not args[0].is_meta
-
-
-def _differentiable(op: Op, args: tuple[Any, ...]) -> Any:
-    if op._function is None:
-        raise RuntimeError(f"fused_attn.{op.name} is a backward: a second derivative of a fused op is not available")
-    return op._function.apply(*args)
-
-
-def _autograd_function(op: Op) -> type[torch.autograd.Function]:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            outs = op.launch(args)
-            tensors, ctx.consts = op._save(args, outs)  # type: ignore[misc]
-            ctx.save_for_backward(*tensors)
-            ctx.set_materialize_grads(False)
-            ctx.backend = backend.forced()  # on a GPU, backward runs in a thread that doesn't see the caller's context
-            public = op.public(args, outs)
-            if isinstance(public, tuple):  # of several, the first is the value, the rest are indices or statistics
-                ctx.mark_non_differentiable(*public[1:])
-            return public
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            if grads[0] is None:
-                return (None,) * op._arity
-            with backend.use_backend(ctx.backend):
-                return op._backward(ctx.saved_tensors, ctx.consts, grads, ctx.needs_input_grad)  # type: ignore[misc]
-
-    Function.__name__ = Function.__qualname__ = f"fused_attn_{op.name}"
-    return Function
-
-
-def _register_autograd(op: Op) -> None:
-    """Autograd for the registered operator: the path of torch.compile, export and functorch."""
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        args = op._bind(inputs, {})
-        tensors, ctx.consts = op._save(args, output)  # type: ignore[misc]
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if op._backward is None:
-            raise RuntimeError(f"fused_attn.{op.name} is a backward: a second derivative of a fused op is not available")
-        if grads[0] is None:
-            return (None,) * op._arity
-        # The dispatcher drops trailing arguments that have their default value.
-        needs = ctx.needs_input_grad + (False,) * (op._arity - len(ctx.needs_input_grad))
-        return op._backward(ctx.saved_tensors, ctx.consts, grads, needs)
-
-    torch.library.register_autograd(
-        f"fused_attn::{op.name}", backward, setup_context=setup if op._backward else None, lib=LIB
-    )
-
-
 @dataclass(frozen=True)
 class Block:
     """One mechanism: its module, what it converts, and the cases that prove it. Declared at the end of its file.
 
     name: the registry's key; module: the nn.Module class; paper: title, link
-    ops: names of the ops it runs; rules: conversion rules (fused_attn.convert.Rule)
+    ops: names of the ops it runs; rules: conversion rules (fused_attn.plan.Rule)
     cases: constructor arguments and input shape, `case(args=dict(channels=64), x=(2, 64, 7, 7))`
     """
 

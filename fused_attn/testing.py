@@ -97,7 +97,7 @@ def draw(
     """
     generator = torch.Generator().manual_seed(seed)
     out = []
-    for name, value in zip(op.arguments, op._bind((), dict(case.args)), strict=True):
+    for name, value in zip(op.arguments, op.bind((), dict(case.args)), strict=True):
         if not isinstance(value, tuple):
             out.append(value)
             continue
@@ -334,7 +334,7 @@ class _Subject:
         if self.op is not None:
             if self.op.formula is None:
                 raise ValueError(f"{self.op.name} has no formula of its own: check the op that it is the backward of")
-            self.inputs = self.op._bind(inputs, options)
+            self.inputs = self.op.bind(inputs, options)
             self.names = names(self.op, self.inputs)
         else:
             self.inputs = inputs

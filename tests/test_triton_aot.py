@@ -109,7 +109,8 @@ def _read(compiled, target):
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
-        spilled = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
+        # Scalar registers spill into lanes of a vector register, not into memory.
+        spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
         wide = {
             "ubyte": 8,
             "ushort": 16,
@@ -151,7 +152,8 @@ def _read(compiled, target):
 
 def assert_lean(kernel, b):
     assert b.spilled == 0, f"{kernel} spills"
-    assert b.registers <= 128, f"{kernel} takes {b.registers} registers"
+    limit = 256 if "amdgcn" in b.text else 128  # gfx942 has twice the register file
+    assert b.registers <= limit, f"{kernel} takes {b.registers} registers"
     # atomics on floats would make the order of a sum, and so its last bits, a matter of luck
     assert not re.search(r"\b(?:ATOM|ATOMG|RED)\b[.\w]*|(?:global|flat|buffer)_atomic", b.text), f"{kernel} has atomics"
 

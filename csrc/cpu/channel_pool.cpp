@@ -14,6 +14,11 @@ Pool pool_of(const std::string& name) {
   return Pool::mean_abs;
 }
 
+bool splits(const std::string& ties) {
+  STD_TORCH_CHECK(ties == "split" || ties == "first", "unknown rule for ties ", ties);
+  return ties == "split";
+}
+
 template <class T, Pool K, bool Index>
 static void pool_as(const Map& x, Range samples, Acc<T>* total, Acc<T>* most, int64_t* where) {
   using A = Acc<T>;
@@ -96,11 +101,13 @@ static std::tuple<Tensor, std::optional<Tensor>> pooled(const Tensor& x, const s
 
 std::tuple<Tensor, Tensor> channel_pool_cpu(const Tensor& x, const std::string& pool, const std::string& ties,
                                             bool return_index) {
-  auto [value, where] = pooled(x, pool, ties == "first" || return_index);
+  STD_TORCH_CHECK(!return_index || has_max(pool_of(pool)), "return_index");
+  auto [value, where] = pooled(x, pool, !splits(ties) || return_index);
   return {value, where ? *where : new_dense({0}, ScalarType::Long)};
 }
 
 Tensor channel_pool_infer_cpu(const Tensor& x, const std::string& pool, const std::string& ties, bool return_index) {
+  splits(ties);
   return std::get<0>(pooled(x, pool, false));
 }
 
@@ -108,7 +115,7 @@ Tensor channel_pool_bwd_cpu(const Tensor& x, const Tensor& dpooled, const Tensor
                             const std::string& pool_name, const std::string& ties) {
   check_map(x);
   const Pool kind = pool_of(pool_name);
-  const bool two = kind == Pool::mean_max, split = has_max(kind) && ties == "split";
+  const bool two = kind == Pool::mean_max, split = splits(ties) && has_max(kind);
   Tensor dx = new_like(x);
   const auto maps = maps_of({&x, &dx});
   const Map m = maps[0];
@@ -150,5 +157,5 @@ Tensor channel_pool_bwd_cpu(const Tensor& x, const Tensor& dpooled, const Tensor
 }  // namespace fa
 
 FA_REGISTER(channel_pool)
-FA_REGISTER(channel_pool_infer)
+FA_REGISTER_INFER(channel_pool)
 FA_REGISTER(channel_pool_bwd)

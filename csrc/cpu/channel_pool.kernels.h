@@ -93,8 +93,9 @@ struct PoolPixel {
 
 template <class T, Pool K, bool Index>
 void pool_planes(const Map& x, Range rows, Acc<T>* total, Acc<T>* most, int64_t* where) {
-  for (int64_t r = rows.begin; r < rows.end; ++r)
-    pool_run<T, K, Index>(x.plane<const T>(r / x.c, r % x.c), x.s, total ? total + r : nullptr,
+  Place at(rows.begin, x.c);
+  for (int64_t r = rows.begin; r < rows.end; ++r, at.next())
+    pool_run<T, K, Index>(x.plane<const T>(at.outer, at.inner), x.s, total ? total + r : nullptr,
                           most ? most + r : nullptr, where ? where + r : nullptr);
 }
 

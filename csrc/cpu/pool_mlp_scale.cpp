@@ -25,6 +25,11 @@ struct Descriptor {
   bool keeps_index() const { return max_weight != 0 && !split; }
 };
 
+static Descriptor descriptor(double max_weight, const std::string& ties) {
+  STD_TORCH_CHECK(0 <= max_weight && max_weight <= 1, "max_weight");
+  return {max_weight, splits(ties)};
+}
+
 static std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> forward(
     const Tensor& x, const NetworkArgs& args, const OptTensor& residual, const Descriptor& d,
     const std::string& epilogue, double epilogue_slope, bool save) {
@@ -74,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_mlp_scale_cpu(
     const std::string& gate, double slope, const std::string& norm, double eps, double max_weight,
     const std::string& ties, const std::string& epilogue, double epilogue_slope) {
   auto [y, saved, index] =
-      forward(x, FA_NETWORK, residual, {max_weight, ties == "split"}, epilogue, epilogue_slope, true);
+      forward(x, FA_NETWORK, residual, descriptor(max_weight, ties), epilogue, epilogue_slope, true);
   return {y, *saved, index ? *index : new_dense({0}, ScalarType::Long)};
 }
 
@@ -85,7 +90,7 @@ Tensor pool_mlp_scale_infer_cpu(const Tensor& x, const Tensor& w1, const OptTens
                                 const std::string& gate, double slope, const std::string& norm, double eps,
                                 double max_weight, const std::string& ties, const std::string& epilogue,
                                 double epilogue_slope) {
-  return std::get<0>(forward(x, FA_NETWORK, residual, {max_weight, ties == "split"}, epilogue, epilogue_slope, false));
+  return std::get<0>(forward(x, FA_NETWORK, residual, descriptor(max_weight, ties), epilogue, epilogue_slope, false));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
@@ -99,7 +104,7 @@ pool_mlp_scale_bwd_cpu(const Tensor& x, const Tensor& dy, const OptTensor& aux, 
   check_map(x);
   check_same(x, dy);
   if (aux) check_same(x, *aux);
-  const Descriptor d{max_weight, ties == "split"};
+  const Descriptor d = descriptor(max_weight, ties);
   const Act epilogue = act_of(epilogue_name);
   const bool keep = residual && epilogue != Act::identity;
   Tensor dx = new_like(x), kept = keep ? new_like(x) : none_like(x);
@@ -153,5 +158,5 @@ pool_mlp_scale_bwd_cpu(const Tensor& x, const Tensor& dy, const OptTensor& aux, 
 }  // namespace fa
 
 FA_REGISTER(pool_mlp_scale)
-FA_REGISTER(pool_mlp_scale_infer)
+FA_REGISTER_INFER(pool_mlp_scale)
 FA_REGISTER(pool_mlp_scale_bwd)

@@ -50,7 +50,7 @@ Tensor pool_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate
   check_same(x, e);
   check_shape(gate, {x.size(0), x.size(1)});
   const Pool kind = pool_of(pool_name);
-  const bool two = kind == Pool::mean_max, split = has_max(kind) && ties == "split";
+  const bool two = kind == Pool::mean_max, split = splits(ties) && has_max(kind);
   if (two)
     check_shape(dpooled, {2, x.size(0), x.size(1)});
   else

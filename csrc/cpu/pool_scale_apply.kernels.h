@@ -49,8 +49,9 @@ template <class T, From F, Back B>
 void apply_planes(const Epilogue<T>& in, const Map& dx, Range rows, const Spread<Acc<T>>& back) {
   using A = Acc<T>;
   const bool stream = streams<T>(dx);
-  for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const int64_t n = r / dx.c, c = r % dx.c;
+  Place place(rows.begin, dx.c);
+  for (int64_t r = rows.begin; r < rows.end; ++r, place.next()) {
+    const int64_t n = place.outer, c = place.inner;
     const auto at = [&](const A* p) { return p ? p + r : nullptr; };
     const Apply<T, F, B, false> f{plane_of<T>(in.x, n, c),
                                   plane_of<T>(in.dy, n, c),
@@ -75,8 +76,9 @@ template <class T, From F, Back B>
 void apply_pixels(const Epilogue<T>& in, const Map& dx, Range pixels, const Spread<Acc<T>>& back) {
   using A = Acc<T>;
   const bool stream = streams<T>(dx);
-  for (int64_t i = pixels.begin; i < pixels.end; ++i) {
-    const int64_t n = i / dx.s, s = i % dx.s, to = n * dx.c;
+  Place place(pixels.begin, dx.s);
+  for (int64_t i = pixels.begin; i < pixels.end; ++i, place.next()) {
+    const int64_t n = place.outer, s = place.inner, to = n * dx.c;
     const auto at = [&](const A* p) { return p ? p + to : nullptr; };
     const Apply<T, F, B, true> f{pixel_of<T>(in.x, n, s),
                                  pixel_of<T>(in.dy, n, s),

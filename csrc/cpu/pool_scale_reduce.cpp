@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_cpu(const Tensor& x, const 
   if (aux) check_same(x, *aux);
   check_shape(gate, {x.size(0), x.size(1)});
   const Act act = act_of(act_name);
-  const bool keep = residual && act != Act::identity, split = has_max(pool_of(pool_name)) && ties == "split";
+  const bool keep = residual && act != Act::identity, split = splits(ties) && has_max(pool_of(pool_name));
   if (split) check_shape(values, {x.size(0), x.size(1)});
   const ScalarType acc = acc_dtype(x.scalar_type());
   Tensor kept = keep ? new_like(x) : none_like(x);

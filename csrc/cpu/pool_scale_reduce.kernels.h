@@ -66,8 +66,9 @@ struct ReducePixels {
 template <class T, From F, bool Count>
 void reduce_planes(const Epilogue<T>& in, const Map& kept, const Map& dx, Range rows, const Acc<T>* max, Acc<T>* dgate,
                    Acc<T>* count) {
-  for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const int64_t n = r / in.x.c, c = r % in.x.c;
+  Place at(rows.begin, in.x.c);
+  for (int64_t r = rows.begin; r < rows.end; ++r, at.next()) {
+    const int64_t n = at.outer, c = at.inner;
     const Reduce<T, F, Count> f{in.x.template plane<const T>(n, c),
                                 plane_of<T>(in.dy, n, c),
                                 plane_of<T>(in.aux, n, c),

@@ -31,9 +31,10 @@ template <class T, Epi E, bool Residual>
 void scale_runs(const Map& x, const Map& residual, const Map& y, Range runs, const Acc<T>* gate, Act act,
                 Acc<T> slope) {
   const bool stream = streams<T>(y);
-  for (int64_t i = runs.begin; i < runs.end; ++i) {
+  Place at(runs.begin, x.pixels ? x.s : x.c);
+  for (int64_t i = runs.begin; i < runs.end; ++i, at.next()) {
     if (x.pixels) {
-      const int64_t n = i / x.s, s = i % x.s;
+      const int64_t n = at.outer, s = at.inner;
       ScaleRun<T, E, Residual, true> f{x.pixel<const T>(n, s),
                                        Residual ? residual.pixel<const T>(n, s) : nullptr,
                                        y.pixel<T>(n, s),
@@ -43,7 +44,7 @@ void scale_runs(const Map& x, const Map& residual, const Map& y, Range runs, con
                                        stream};
       each<Acc<T>>(x.c, f);
     } else {
-      const int64_t n = i / x.c, c = i % x.c;
+      const int64_t n = at.outer, c = at.inner;
       ScaleRun<T, E, Residual, false> f{x.plane<const T>(n, c),
                                         Residual ? residual.plane<const T>(n, c) : nullptr,
                                         y.plane<T>(n, c),

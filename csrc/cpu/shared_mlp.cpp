@@ -357,5 +357,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }  // namespace fa
 
 FA_REGISTER(shared_mlp)
-FA_REGISTER(shared_mlp_infer)
+FA_REGISTER_INFER(shared_mlp)
 FA_REGISTER(shared_mlp_bwd)

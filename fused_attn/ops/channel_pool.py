@@ -101,8 +101,8 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
     if x is None:
         dx = dpooled.new_empty_strided(shape, stride, dtype=dtype)
         size = dx[0, 0].numel() if dx.numel() else 1
-        return dx.copy_(spread(dpooled / size, dx)), None, None, None
-    return channel_pool_bwd(x, dpooled, values, index, pool, ties), None, None, None
+        return (dx.copy_(spread(dpooled / size, dx)),)
+    return (channel_pool_bwd(x, dpooled, values, index, pool, ties),)
 
 
 def _budget(x: Tensor, *rest: object) -> tuple[int, int]:

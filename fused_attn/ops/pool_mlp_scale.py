@@ -93,7 +93,6 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
         dx,
         *or_none(tuple(dweights), needs[1:11]),
         dresidual if consts[-1] else None,
-        *(None,) * 9,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..layout import accumulator, like, match
-from ..registry import op
+from ..registry import is_transformed, op
 from . import activations, checks
 from .channel_pool import POOLS, TIES, channel_pool, has_max, pool_gradient, spread
 from .scale import check_epilogue, epilogue_gradient, scale
@@ -131,6 +131,9 @@ def pool_scale(
     Returns y: (N, C, *S) in x's dtype and memory format.
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, options, or a gate that isn't (N, C).
     """
+    if is_transformed() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+        # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
+        return scale(x, excite(channel_pool(x, pool, ties), *params), residual, act, slope)
     checks.feature_map("x", x)
     checks.one_of("pool", pool, POOLS)
     checks.one_of("ties", ties, TIES)

@@ -61,7 +61,7 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
     dx, dgate, dresidual = scale_bwd(x, gate, aux, dy, act, slope, residual)
     if residual and act == "identity":
         dresidual = dy  # the identity's gradient is dy itself: nothing is written
-    return dx, dgate, dresidual if residual else None, None, None
+    return dx, dgate, dresidual if residual else None
 
 
 def _budget(x: Tensor, gate: Tensor, residual: Tensor | None, act: str, slope: float) -> tuple[int, int]:

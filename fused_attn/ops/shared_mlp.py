@@ -205,7 +205,7 @@ def _save(args: tuple, outs: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor | None
 
 def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[Tensor | None, ...]:
     outs = shared_mlp_bwd(saved[0], grads[0], saved[11], *saved[1:11], *consts)
-    return *or_none(outs, needs[:11]), *(None,) * 5
+    return or_none(outs, needs)
 
 
 def _public(args: tuple, outs: tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:

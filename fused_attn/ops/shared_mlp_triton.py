@@ -146,15 +146,16 @@ def _shared_mlp_outer_kernel(
 
 
 def _blocks(rows: int, outputs: int, inner: int, acc: torch.dtype, sums: int = 32) -> dict[str, int]:
-    """BM, BO, BK: `sums` a thread (half in float64).
+    """BM, BO, BK: `sums` a thread (a quarter in float64, whose erf and exp are long).
 
     Few rows: as much of a row of W at once as fits, because then latency counts, and little is read twice anyway.
     Many: blocks about as high as wide, so that both operands are read seldom.
     """
-    size = tile.THREADS * sums * 4 // acc.itemsize
+    double = acc == torch.float64
+    size = tile.THREADS * (sums // 4 if double else sums)
     bm = min(8, triton.next_power_of_2(max(1, rows)))
-    bk = min(triton.next_power_of_2(inner), 64 if rows >= 64 else 2048 // bm)
-    return dict(BM=bm, BO=max(1, min(triton.next_power_of_2(outputs), size // (bm * bk))), BK=bk)
+    bk = min(triton.next_power_of_2(inner), 64 if rows >= 64 or double else 2048 // bm)
+    return dict(BM=bm, BO=min(triton.next_power_of_2(outputs), size // (bm * bk)), BK=bk)
 
 
 def _vector(t: Tensor | None) -> Tensor | None:

@@ -7,8 +7,8 @@ import triton.language as tl
 from passes import counting
 from traffic import Traffic
 
-from fused_attn import OPS, ops, testing, tile
-from fused_attn.registry import Op, case
+from fused_attn import OPS, backend, ops, testing, tile
+from fused_attn.registry import case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, in masked lanes
 
@@ -22,17 +22,17 @@ SLACK = 0.3
 @pytest.fixture
 def launches(monkeypatch):
     """(op name, reads, writes, budget) of every launch, in feature maps, those of ATen inside it included."""
-    seen, launch, kernel = [], Op.launch, tile.launch
+    seen, launch, kernel = [], backend.run, tile.launch
     aten = None
 
-    def measured(self, args, infer=False):
+    def measured(op, args, infer):
         nonlocal aten
         x = args[0]
         with Traffic() as moved, counting(x.numel()) as aten:
-            outs = launch(self, args, infer)
+            outs = launch(op, args, infer)
         unit = x.numel() * x.element_size()
         reads, writes = moved.read / unit + aten.passes.reads, moved.written / unit + aten.passes.writes
-        seen.append((self.name, reads, writes, self.budget(*args)))
+        seen.append((op.name, reads, writes, op.budget(*args)))
         return outs
 
     def uncounted(*args, **meta):  # the interpreter copies its arguments, with ATen
@@ -41,7 +41,7 @@ def launches(monkeypatch):
         if before:
             aten.passes.reads, aten.passes.writes = before
 
-    monkeypatch.setattr(Op, "launch", measured)
+    monkeypatch.setattr(backend, "run", measured)
     monkeypatch.setattr(tile, "launch", uncounted)
     return seen
 

@@ -1,0 +1,137 @@
+"""The ways into an op, and the gradient on each: who watches a call decides which one it takes.
+
+    nobody                                         a launcher, in an autograd.Function where a gradient is wanted
+    a compiler, a tracer, a mode, a subclass       the registered operator, with autograd registered for it
+    a functorch transform, forward-mode autograd   an autograd.Function around the registered operator
+
+Each has been seen to slip through a simpler check (inside vmap, `type(x) is Tensor` holds), so tests watch every one of them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C import _get_tracing_state, _is_torch_function_mode_enabled, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+
+from . import backend
+
+if TYPE_CHECKING:
+    from .registry import Op
+
+# Everything a launcher takes as it is. A subclass of Tensor, a proxy or a symbolic number goes to the registered operator.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, float, int, bool})
+_is_compiling = torch.compiler.is_compiling
+_NO_SECOND = "fused_attn.{} is a backward: a second derivative of a fused op is not available"
+
+
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether a launcher may run on these arguments: no compiler, tracer, mode, transform or subclass wants to see the op."""
+    if _is_compiling() or _len_torch_dispatch_stack() or _is_torch_function_mode_enabled():
+        return False
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or _get_tracing_state() is not None:
+        return False
+    return _PLAIN.issuperset(map(type, args)) and not args[0].is_meta
+
+
+def is_transformed() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is under way; a compiler deals with these itself."""
+    return not _is_compiling() and (forward_ad._current_level >= 0 or peek_interpreter_stack() is not None)
+
+
+def launching(op: "Op") -> type[torch.autograd.Function]:
+    """The function whose forward is a launcher: apply(options, *tensors)."""
+    count = len(op.tensors)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+            args = tensors + options
+            outs = op.launch(args)
+            kept, ctx.consts = op.save(args, outs)
+            ctx.save_for_backward(*kept)
+            ctx.set_materialize_grads(False)
+            ctx.backend = backend.forced()  # on a GPU, backward runs in a thread that doesn't see the caller's context
+            public = op.public(args, outs)
+            if isinstance(public, tuple):  # of several, the first is the value, the rest are indices or statistics
+                ctx.mark_non_differentiable(*public[1:])
+            return public
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if grads[0] is None:
+                return (None,) * (count + 1)
+            needs = ctx.needs_input_grad[1:]
+            if ctx.backend == backend.forced():
+                back = op.backward(ctx.saved_tensors, ctx.consts, grads, needs)
+            else:
+                with backend.use_backend(ctx.backend):
+                    back = op.backward(ctx.saved_tensors, ctx.consts, grads, needs)
+            return None, *back
+
+    _name(Function, op)
+    return Function
+
+
+def transformed(op: "Op") -> type[torch.autograd.Function]:
+    """Around the registered operator, in the form that functorch takes; forward mode (jvp) raises, and isn't silently 0."""
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op.overload(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            _keep(op, ctx, inputs, output)
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return _back(op, ctx, grads)
+
+    _name(Function, op)
+    return Function
+
+
+def register(op: "Op", library: torch.library.Library) -> None:
+    """Autograd for the registered operator: the path of torch.compile and export."""
+    torch.library.register_autograd(
+        f"fused_attn::{op.name}",
+        lambda ctx, *grads: _back(op, ctx, grads),
+        setup_context=lambda ctx, inputs, output: _keep(op, ctx, op.bind(inputs, {}), output),
+        lib=library,
+    )
+
+
+def _keep(op: "Op", ctx: Any, args: tuple[Any, ...], outs: Any) -> None:
+    if op.save is not None:
+        kept, ctx.consts = op.save(args, outs)
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+
+
+def _back(op: "Op", ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    if op.backward is None:
+        raise RuntimeError(_NO_SECOND.format(op.name))
+    if grads[0] is None:
+        return (None,) * op.arity
+    # The dispatcher drops trailing arguments that have their default value.
+    needs = ctx.needs_input_grad + (False,) * (op.arity - len(ctx.needs_input_grad))
+    back = op.backward(ctx.saved_tensors, ctx.consts, grads, needs[: len(op.tensors)])
+    return back + (None,) * (op.arity - len(back))
+
+
+def no_second(op: "Op") -> RuntimeError:
+    """The complaint of a backward that is asked for its own gradient."""
+    return RuntimeError(_NO_SECOND.format(op.name))
+
+
+def _name(function: type[torch.autograd.Function], op: "Op") -> None:
+    function.__name__ = function.__qualname__ = f"fused_attn_{op.name}"
+    function._backward_cls.__name__ = f"fused_attn_{op.name}Backward"  # type: ignore[attr-defined]  # as grad_fn shows it
