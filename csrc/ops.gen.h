@@ -19,13 +19,15 @@ inline std::tuple<Tensor, Tensor> channel_pool_call(const std::vector<Tensor>& t
   const channel_pool_options& o = Table<channel_pool_options>::at(options);
   return channel_pool_cpu(required(tensors, o.mask, 0), o.pool, o.ties, o.return_index);
 }
-inline constexpr const char* channel_pool_schema = "channel_pool(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline constexpr const char* channel_pool_schema =
+    "channel_pool(Tensor[] tensors, int options) -> (Tensor, Tensor)";
 Tensor channel_pool_infer_cpu(const Tensor& x, const std::string& pool, const std::string& ties, bool return_index);
 inline Tensor channel_pool_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
   const channel_pool_options& o = Table<channel_pool_options>::at(options);
   return channel_pool_infer_cpu(required(tensors, o.mask, 0), o.pool, o.ties, o.return_index);
 }
-inline constexpr const char* channel_pool_infer_schema = "channel_pool_infer(Tensor[] tensors, int options) -> Tensor";
+inline constexpr const char* channel_pool_infer_schema =
+    "channel_pool_infer(Tensor[] tensors, int options) -> Tensor";
 inline constexpr const char* channel_pool_options_schema = "channel_pool_options(int mask, str pool, str ties, bool return_index) -> int";
 
 struct channel_pool_bwd_options {
@@ -41,7 +43,8 @@ inline Tensor channel_pool_bwd_call(const std::vector<Tensor>& tensors, int64_t 
   const channel_pool_bwd_options& o = Table<channel_pool_bwd_options>::at(options);
   return channel_pool_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.pool, o.ties);
 }
-inline constexpr const char* channel_pool_bwd_schema = "channel_pool_bwd(Tensor[] tensors, int options) -> Tensor";
+inline constexpr const char* channel_pool_bwd_schema =
+    "channel_pool_bwd(Tensor[] tensors, int options) -> Tensor";
 inline constexpr const char* channel_pool_bwd_options_schema = "channel_pool_bwd_options(int mask, str pool, str ties) -> int";
 
 struct scale_options {
@@ -57,7 +60,8 @@ inline Tensor scale_call(const std::vector<Tensor>& tensors, int64_t options) {
   const scale_options& o = Table<scale_options>::at(options);
   return scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), o.act, o.slope);
 }
-inline constexpr const char* scale_schema = "scale(Tensor[] tensors, int options) -> Tensor";
+inline constexpr const char* scale_schema =
+    "scale(Tensor[] tensors, int options) -> Tensor";
 inline constexpr const char* scale_options_schema = "scale_options(int mask, str act, float slope) -> int";
 
 struct scale_bwd_options {
@@ -74,7 +78,8 @@ inline std::tuple<Tensor, Tensor, Tensor> scale_bwd_call(const std::vector<Tenso
   const scale_bwd_options& o = Table<scale_bwd_options>::at(options);
   return scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), required(tensors, o.mask, 3), o.act, o.slope, o.residual);
 }
-inline constexpr const char* scale_bwd_schema = "scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline constexpr const char* scale_bwd_schema =
+    "scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
 inline constexpr const char* scale_bwd_options_schema = "scale_bwd_options(int mask, str act, float slope, bool residual) -> int";
 
 struct pool_scale_reduce_options {
@@ -93,7 +98,8 @@ inline std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_call(const std::vect
   const pool_scale_reduce_options& o = Table<pool_scale_reduce_options>::at(options);
   return pool_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), required(tensors, o.mask, 4), o.act, o.slope, o.pool, o.ties, o.residual);
 }
-inline constexpr const char* pool_scale_reduce_schema = "pool_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline constexpr const char* pool_scale_reduce_schema =
+    "pool_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
 inline constexpr const char* pool_scale_reduce_options_schema = "pool_scale_reduce_options(int mask, str act, float slope, str pool, str ties, bool residual) -> int";
 
 struct pool_scale_apply_options {
@@ -111,7 +117,8 @@ inline Tensor pool_scale_apply_call(const std::vector<Tensor>& tensors, int64_t 
   const pool_scale_apply_options& o = Table<pool_scale_apply_options>::at(options);
   return pool_scale_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), o.act, o.slope, o.pool, o.ties);
 }
-inline constexpr const char* pool_scale_apply_schema = "pool_scale_apply(Tensor[] tensors, int options) -> Tensor";
+inline constexpr const char* pool_scale_apply_schema =
+    "pool_scale_apply(Tensor[] tensors, int options) -> Tensor";
 inline constexpr const char* pool_scale_apply_options_schema = "pool_scale_apply_options(int mask, str act, float slope, str pool, str ties) -> int";
 
 struct shared_mlp_options {
@@ -130,13 +137,15 @@ inline std::tuple<Tensor, Tensor> shared_mlp_call(const std::vector<Tensor>& ten
   const shared_mlp_options& o = Table<shared_mlp_options>::at(options);
   return shared_mlp_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), o.act, o.gate, o.slope, o.norm, o.eps);
 }
-inline constexpr const char* shared_mlp_schema = "shared_mlp(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline constexpr const char* shared_mlp_schema =
+    "shared_mlp(Tensor[] tensors, int options) -> (Tensor, Tensor)";
 Tensor shared_mlp_infer_cpu(const Tensor& pooled, const Tensor& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& w2, const std::optional<Tensor>& b2, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& norm_mean, const std::optional<Tensor>& norm_var, const std::optional<Tensor>& act_weight, const std::optional<Tensor>& gate_weight, const std::string& act, const std::string& gate, double slope, const std::string& norm, double eps);
 inline Tensor shared_mlp_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
   const shared_mlp_options& o = Table<shared_mlp_options>::at(options);
   return shared_mlp_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), o.act, o.gate, o.slope, o.norm, o.eps);
 }
-inline constexpr const char* shared_mlp_infer_schema = "shared_mlp_infer(Tensor[] tensors, int options) -> Tensor";
+inline constexpr const char* shared_mlp_infer_schema =
+    "shared_mlp_infer(Tensor[] tensors, int options) -> Tensor";
 inline constexpr const char* shared_mlp_options_schema = "shared_mlp_options(int mask, str act, str gate, float slope, str norm, float eps) -> int";
 
 struct shared_mlp_bwd_options {
@@ -155,7 +164,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   const shared_mlp_bwd_options& o = Table<shared_mlp_bwd_options>::at(options);
   return shared_mlp_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), optional(tensors, o.mask, 11), optional(tensors, o.mask, 12), o.act, o.gate, o.slope, o.norm, o.eps);
 }
-inline constexpr const char* shared_mlp_bwd_schema = "shared_mlp_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* shared_mlp_bwd_schema =
+    "shared_mlp_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* shared_mlp_bwd_options_schema = "shared_mlp_bwd_options(int mask, str act, str gate, float slope, str norm, float eps) -> int";
 
 struct pool_mlp_scale_options {
@@ -178,13 +188,15 @@ inline std::tuple<Tensor, Tensor, Tensor> pool_mlp_scale_call(const std::vector<
   const pool_mlp_scale_options& o = Table<pool_mlp_scale_options>::at(options);
   return pool_mlp_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), optional(tensors, o.mask, 11), o.act, o.gate, o.slope, o.norm, o.eps, o.max_weight, o.ties, o.epilogue, o.epilogue_slope);
 }
-inline constexpr const char* pool_mlp_scale_schema = "pool_mlp_scale(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline constexpr const char* pool_mlp_scale_schema =
+    "pool_mlp_scale(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
 Tensor pool_mlp_scale_infer_cpu(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& w2, const std::optional<Tensor>& b2, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& norm_mean, const std::optional<Tensor>& norm_var, const std::optional<Tensor>& act_weight, const std::optional<Tensor>& gate_weight, const std::optional<Tensor>& residual, const std::string& act, const std::string& gate, double slope, const std::string& norm, double eps, double max_weight, const std::string& ties, const std::string& epilogue, double epilogue_slope);
 inline Tensor pool_mlp_scale_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
   const pool_mlp_scale_options& o = Table<pool_mlp_scale_options>::at(options);
   return pool_mlp_scale_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), optional(tensors, o.mask, 11), o.act, o.gate, o.slope, o.norm, o.eps, o.max_weight, o.ties, o.epilogue, o.epilogue_slope);
 }
-inline constexpr const char* pool_mlp_scale_infer_schema = "pool_mlp_scale_infer(Tensor[] tensors, int options) -> Tensor";
+inline constexpr const char* pool_mlp_scale_infer_schema =
+    "pool_mlp_scale_infer(Tensor[] tensors, int options) -> Tensor";
 inline constexpr const char* pool_mlp_scale_options_schema = "pool_mlp_scale_options(int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope) -> int";
 
 struct pool_mlp_scale_bwd_options {
@@ -208,7 +220,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   const pool_mlp_scale_bwd_options& o = Table<pool_mlp_scale_bwd_options>::at(options);
   return pool_mlp_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), optional(tensors, o.mask, 11), optional(tensors, o.mask, 12), optional(tensors, o.mask, 13), optional(tensors, o.mask, 14), o.act, o.gate, o.slope, o.norm, o.eps, o.max_weight, o.ties, o.epilogue, o.epilogue_slope, o.residual);
 }
-inline constexpr const char* pool_mlp_scale_bwd_schema = "pool_mlp_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* pool_mlp_scale_bwd_schema =
+    "pool_mlp_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* pool_mlp_scale_bwd_options_schema = "pool_mlp_scale_bwd_options(int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope, bool residual) -> int";
 
 }  // namespace fa

@@ -1,11 +1,11 @@
 """Writes csrc/ops.gen.h: a C++ prototype for every op's schema, so that a kernel whose types differ doesn't compile.
 
-The stable ABI boxes arguments without looking at their types: a function registered under the wrong schema loads, and reads
-garbage. `python -m fused_attn._codegen` writes the file, with `--check` it fails where the file is stale.
+The stable ABI boxes arguments without looking at their types: a function registered under the wrong schema loads, and
+reads garbage. `python -m fused_attn._codegen` writes the file, with `--check` it fails where the file is stale.
 
-Passing twenty boxed arguments costs more than a 7×7 map's arithmetic (measured: 9 µs, against 3 for a list and a number).
-So an op's kernel is called with the list of its tensors and the number of its options, which are registered once: the header
-has the table of options and the call that spreads them out again.
+Passing twenty boxed arguments costs more than a 7×7 map's arithmetic (measured: 9 µs, against 3 for a list and a
+number). So an op's kernel is called with the list of its tensors and the number of its options, which are registered
+once: the header has the table of options and the call that spreads them out again.
 """
 
 import sys
@@ -31,12 +31,13 @@ def _render(op: Op) -> list[str]:
     spread = ", ".join(
         [f"{_TENSORS[t][1]}(tensors, o.mask, {i})" for i, (_, t) in enumerate(tensors)] + [f"o.{n}" for n, _ in options]
     )
+    parameters = ", ".join(["int64_t mask", *(f"{_OPTIONS[t][0]} {n}" for n, t in options)])
     lines = [
         f"struct {name}_options {{",
         "  int64_t mask;",
         *(f"  {_OPTIONS[t][1]} {n};" for n, t in options),
         "};",
-        f"inline int64_t {name}_register({', '.join(['int64_t mask', *(f'{_OPTIONS[t][0]} {n}' for n, t in options)])}) {{",
+        f"inline int64_t {name}_register({parameters}) {{",
         f"  return Table<{name}_options>::add({{{', '.join(['mask', *(n for n, _ in options)])}}});",
         "}",
     ]
@@ -48,7 +49,8 @@ def _render(op: Op) -> list[str]:
             f"  const {name}_options& o = Table<{name}_options>::at(options);",
             f"  return {name}{suffix}_cpu({spread});",
             "}",
-            f'inline constexpr const char* {name}{suffix}_schema = "{name}{suffix}(Tensor[] tensors, int options) -> {outputs}";',
+            f"inline constexpr const char* {name}{suffix}_schema =",
+            f'    "{name}{suffix}(Tensor[] tensors, int options) -> {outputs}";',
         ]
     schema = ", ".join(["int mask", *(f"{_SCHEMA[t]} {n}" for n, t in options)])
     lines += [f'inline constexpr const char* {name}_options_schema = "{name}_options({schema}) -> int";', ""]

@@ -4,10 +4,11 @@
     a compiler, a tracer, a mode, a subclass       the registered operator, with autograd registered for it
     a functorch transform, forward-mode autograd   an autograd.Function around the registered operator
 
-Each has been seen to slip through a simpler check (inside vmap, `type(x) is Tensor` holds), so tests watch every one of them.
+Each has been seen to slip through a simpler check (inside vmap, `type(x) is Tensor` holds), so tests watch every one
+of them.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,14 +21,16 @@ from . import backend
 if TYPE_CHECKING:
     from .registry import Op
 
-# Everything a launcher takes as it is. A subclass of Tensor, a proxy or a symbolic number goes to the registered operator.
+# Everything a launcher takes as it is. A subclass of Tensor, a proxy or a symbolic number goes to the registered
+# operator.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, float, int, bool})
 _is_compiling = torch.compiler.is_compiling
 _NO_SECOND = "fused_attn.{} is a backward: a second derivative of a fused op is not available"
 
 
 def is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether a launcher may run on these arguments: no compiler, tracer, mode, transform or subclass wants to see the op."""
+    """Whether a launcher may run on these arguments: no compiler, tracer, mode, transform or subclass wants to see the
+    op."""
     if _is_compiling() or _len_torch_dispatch_stack() or _is_torch_function_mode_enabled():
         return False
     if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or _get_tracing_state() is not None:
@@ -36,20 +39,21 @@ def is_plain(args: tuple[Any, ...]) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is under way; a compiler deals with these itself."""
+    """Whether a functorch transform or forward-mode differentiation is under way; a compiler deals with these
+    itself."""
     return not _is_compiling() and (forward_ad._current_level >= 0 or peek_interpreter_stack() is not None)
 
 
 def launching(op: "Op") -> type[torch.autograd.Function]:
     """The function whose forward is a launcher: apply(options, *tensors)."""
-    count = len(op.tensors)
+    count, save, differentiate = op.count, cast(Any, op.save), cast(Any, op.backward)
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
             args = tensors + options
             outs = op.launch(args)
-            kept, ctx.consts = op.save(args, outs)
+            kept, ctx.consts = save(args, outs)
             ctx.save_for_backward(*kept)
             ctx.set_materialize_grads(False)
             ctx.backend = backend.forced()  # on a GPU, backward runs in a thread that doesn't see the caller's context
@@ -65,10 +69,10 @@ def launching(op: "Op") -> type[torch.autograd.Function]:
                 return (None,) * (count + 1)
             needs = ctx.needs_input_grad[1:]
             if ctx.backend == backend.forced():
-                back = op.backward(ctx.saved_tensors, ctx.consts, grads, needs)
+                back = differentiate(ctx.saved_tensors, ctx.consts, grads, needs)
             else:
                 with backend.use_backend(ctx.backend):
-                    back = op.backward(ctx.saved_tensors, ctx.consts, grads, needs)
+                    back = differentiate(ctx.saved_tensors, ctx.consts, grads, needs)
             return None, *back
 
     _name(Function, op)
@@ -76,7 +80,8 @@ def launching(op: "Op") -> type[torch.autograd.Function]:
 
 
 def transformed(op: "Op") -> type[torch.autograd.Function]:
-    """Around the registered operator, in the form that functorch takes; forward mode (jvp) raises, and isn't silently 0."""
+    """Around the registered operator, in the form that functorch takes; forward mode (jvp) raises, and isn't silently
+    0."""
 
     class Function(torch.autograd.Function):
         generate_vmap_rule = True
@@ -134,4 +139,4 @@ def no_second(op: "Op") -> RuntimeError:
 
 def _name(function: type[torch.autograd.Function], op: "Op") -> None:
     function.__name__ = function.__qualname__ = f"fused_attn_{op.name}"
-    function._backward_cls.__name__ = f"fused_attn_{op.name}Backward"  # type: ignore[attr-defined]  # as grad_fn shows it
+    function._backward_cls.__name__ = f"fused_attn_{op.name}Backward"  # as grad_fn shows it

@@ -1,7 +1,7 @@
 """Which implementation runs, and why.
 
-A GPU tries triton, then eager; the CPU tries cpp, then eager; a forced backend runs or raises. The first that *accepts* the
-arguments is taken, and `explain` tells what the others objected to. The eager form accepts everything.
+A GPU tries triton, then eager; the CPU tries cpp, then eager; a forced backend runs or raises. The first that
+*accepts* the arguments is taken, and `explain` tells what the others objected to. The eager form accepts everything.
 """
 
 import importlib
@@ -43,9 +43,8 @@ def _named(backend: str, source: str) -> str:
     return backend
 
 
-_forced: ContextVar[str] = ContextVar(
-    "fused_attn_backend", default=_named(os.environ.get("FUSED_ATTN_BACKEND", "auto"), "FUSED_ATTN_BACKEND")
-)
+_DEFAULT = _named(os.environ.get("FUSED_ATTN_BACKEND", "auto"), "FUSED_ATTN_BACKEND")
+_forced: ContextVar[str] = ContextVar("fused_attn_backend", default=_DEFAULT)
 _observers: list[Callable[[Choice], None]] = []
 
 
@@ -58,7 +57,8 @@ def forced() -> str:
 def use_backend(backend: str) -> Iterator[None]:
     """Runs every op inside the block on one backend, forward and backward.
 
-    backend: "auto" | "eager" | "triton" | "cpp". `FUSED_ATTN_BACKEND` in the environment sets what holds outside any block.
+    backend: "auto" | "eager" | "triton" | "cpp". `FUSED_ATTN_BACKEND` in the environment sets what holds outside any
+        block.
     Raises ValueError for another name, and an op raises RuntimeError, with the reason, where the backend can't run it.
     """
     token = _forced.set(_named(backend, "backend"))
@@ -82,7 +82,8 @@ class Implementation:
 
 
 class CppImplementation(Implementation):
-    """A compiled kernel: called with the list of the tensors that are there and the number of its options (_codegen.py)."""
+    """A compiled kernel: called with the list of the tensors that are there and the number of its options
+    (_codegen.py)."""
 
     def __init__(self, op: "Op") -> None:
         functions = torch.ops.fused_attn_cpp
@@ -103,7 +104,8 @@ class CppImplementation(Implementation):
         return found
 
     def run(self, args: tuple[Any, ...], tensors: list[Tensor], infer: bool) -> Any:
-        # The kernel checks its arguments itself, in half a microsecond; Python repeats a complaint, in words that name one.
+        # The kernel checks its arguments itself, in half a microsecond; Python repeats a complaint, in words that name
+        # one.
         try:
             number, alone = self.number(args)
             if infer and alone:
@@ -119,7 +121,8 @@ _found: dict[tuple[str, str], Implementation | str] = {}
 
 
 def implementation(op: "Op", backend: str) -> Implementation | str:
-    """How `backend` runs `op`, or the reason why it can't run it on this machine at all. Looked up on the first call."""
+    """How `backend` runs `op`, or the reason why it can't run it on this machine at all. Looked up on the first
+    call."""
     key = (op.name, backend)
     if key not in _found:
         _found[key] = _find(op, backend)
@@ -142,7 +145,8 @@ def _find(op: "Op", backend: str) -> Implementation | str:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU: decided by TRITON_INTERPRET before they are defined."""
+    """Whether Triton kernels run in its interpreter, on the CPU: decided by TRITON_INTERPRET before they are
+    defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -205,7 +209,8 @@ def refusal(op: "Op", backend: str, args: tuple[Any, ...]) -> str | None:
         if first is None:
             first = value
             if not walkable(value):
-                return f"{name} has strides {tuple(value.stride())} for shape {tuple(value.shape)}, which no kernel walks"
+                strides, shape = tuple(value.stride()), tuple(value.shape)
+                return f"{name} has strides {strides} for shape {shape}, which no kernel walks"
         elif not same_kind(first, value):
             return f"{name} has another memory format than {op.arguments[0]}"
     return None
@@ -220,7 +225,7 @@ def choose(op: "Op", args: tuple[Any, ...]) -> Choice:
             op.check(*args)  # what no backend could take is the caller's mistake, not the backend's
             raise RuntimeError(f"fused_attn.{op.name}: backend {want!r} can't run: {why}")
         return Choice(op.name, want, "forced", *seen)
-    passed = []
+    passed: list[str] = []
     for name in ORDER.get(x.device.type, ("eager",)):
         if (why := refusal(op, name, args)) is None:
             return Choice(op.name, name, "; ".join(passed) or f"first choice on {x.device.type}", *seen)
@@ -229,7 +234,8 @@ def choose(op: "Op", args: tuple[Any, ...]) -> Choice:
 
 
 def run(op: "Op", args: tuple[Any, ...], infer: bool, tensors: list[Tensor]) -> Any:
-    """Runs the chosen backend: all outputs, or with `infer` the public ones. tensors: the arguments that are tensors."""
+    """Runs the chosen backend: all outputs, or with `infer` the public ones. tensors: the arguments that are
+    tensors."""
     if not _observers and _forced.get() == "auto":
         found = _found.get((op.name, "cpp"))
         if type(found) is CppImplementation and tensors[0].is_cpu and tensors[0].dtype in _DTYPES:

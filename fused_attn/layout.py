@@ -1,6 +1,7 @@
 """How a feature map lies in memory, read off its strides: kernels walk it as it is, and nothing is copied or converted.
 
-A tensor (N, C, *S) that a kernel can walk has spatial dimensions that collapse into one of stride `ss`. Two layouts matter:
+A tensor (N, C, *S) that a kernel can walk has spatial dimensions that collapse into one of stride `ss`. Two layouts
+matter:
 
     planes  ss = 1            each (n, c) is a run of S elements        NCHW, and slices of it along N or C
     pixels  sc = 1, ss ≥ C    each (n, s) is a run of C elements        channels_last, and slices of it along N or C
@@ -25,7 +26,8 @@ class Layout(NamedTuple):
 
 
 def layout(x: Tensor, prefer: str = "planes") -> Layout | None:
-    """The layout of x: (N, C, *S), or None where no kernel can walk it. `prefer` decides where both fit (S = 1 or C = 1)."""
+    """The layout of x: (N, C, *S), or None where no kernel can walk it. `prefer` decides where both fit (S = 1 or C =
+    1)."""
     shape, stride = x.shape, x.stride()
     n, c = shape[0], shape[1]
     s, ss = 1, 1
@@ -58,16 +60,22 @@ def same_kind(x: Tensor, other: Tensor) -> bool:
     """Whether one kernel can walk both: the strides may differ, the order of elements may not."""
     if x.is_contiguous() and other.is_contiguous():
         return True
-    return any((a := layout(x, kind)) and (b := layout(other, kind)) and a.kind == b.kind for kind in ("planes", "pixels"))
+    for kind in ("planes", "pixels"):
+        a, b = layout(x, kind), layout(other, kind)
+        if a is not None and b is not None and a.kind == b.kind:
+            return True
+    return False
 
 
 def match(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad` in a layout that can be walked beside x. A gradient that is expanded, or of the other memory format, is copied once."""
+    """`grad` in a layout that can be walked beside x. A gradient that is expanded, or of the other memory format, is
+    copied once."""
     return grad if same_kind(x, grad) else torch.empty_like(x, dtype=grad.dtype).copy_(grad)
 
 
 def like(x: Tensor, value: Tensor) -> Tensor:
-    """`value` with the strides that `torch.empty_like(x)` would have, so that every backend returns the same strides."""
+    """`value` with the strides that `torch.empty_like(x)` would have, so that every backend returns the same
+    strides."""
     want = torch.empty_like(x, dtype=value.dtype, device="meta").stride()
     return value if value.stride() == want else torch.empty_like(x, dtype=value.dtype).copy_(value)
 

@@ -1,10 +1,12 @@
 """The declaration all else derives from: an `Op` is one hot path with its equations, its operators and its cases.
 
-    public function --> Op.__call__ -- tensors are plain, no gradient   --> Op.launch          (one backend, chosen with a reason)
+    public function --> Op.__call__ -- tensors are plain, no gradient   --> Op.launch          (one backend, chosen
+    with a reason)
                                     -- tensors are plain, gradient      --> autograd.Function  (launch, save, backward)
                                     -- compiling, tracing, modes, …     --> torch.ops.fused_attn.<op>
 
-Tests, benches, the C++ prototypes, the support table and the documentation read `OPS` and `BLOCKS`; nothing else lists them.
+Tests, benches, the C++ prototypes, the support table and the documentation read `OPS` and `BLOCKS`; nothing else lists
+them.
 """
 
 import functools
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _DisableAutocast  # type: ignore[attr-defined]
+from torch._C import _DisableAutocast
 
 from . import autograd, backend
 from .autograd import is_plain, is_transformed
@@ -29,7 +31,8 @@ BLOCKS: dict[str, "Block"] = {}
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one call, as shapes and values: drawn anew for each dtype, device and layout by `fused_attn.testing`."""
+    """Arguments of one call, as shapes and values: drawn anew for each dtype, device and layout by
+    `fused_attn.testing`."""
 
     args: Mapping[str, Any]
     tags: frozenset[str] = frozenset()
@@ -40,7 +43,8 @@ class Case:
 
 
 def case(*tags: str, **args: Any) -> Case:
-    """A case: a tuple stands for a tensor of that shape, anything else for itself. Tag `bench` makes it a benchmark row."""
+    """A case: a tuple stands for a tensor of that shape, anything else for itself. Tag `bench` makes it a benchmark
+    row."""
     return Case(args, frozenset(tags))
 
 
@@ -137,12 +141,14 @@ def op(
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declares an op. The decorated function is its eager form: its signature is the schema, its docstring the manual.
 
-    formula: the equations in differentiable PyTorch, returning the public outputs; in float64 it is the truth of the tests
+    formula: the equations in differentiable PyTorch, returning the public outputs; in float64 it is the truth of the
+        tests
     check: raises for arguments that no backend could take, naming the argument, what was expected and what came
     save: (args, outs) -> (tensors kept for backward, constants)
     backward: (tensors, constants, gradients of the public outputs, needs) -> one gradient or None per tensor argument
     public: (args, outs) -> what the caller sees, where that isn't all of the operator's outputs
-    alone: args -> whether that is the first output alone, so that a kernel which returns no other may run without gradients
+    alone: args -> whether that is the first output alone, so that a kernel which returns no other may run without
+        gradients
     maps: names of the arguments as large as a feature map; a compiled backend must find each of them in x's layout
     budget: args -> (reads, writes) of feature maps: the most that a compiled backend may make
     reduces: args -> how many terms the longest sum of an output has, which scales the tolerance

@@ -118,7 +118,7 @@ def _share(planes: bool, n: int, down: int, along: int, sums: bool) -> tuple[tup
     Sums are split only where programs would be too few for any GPU (an H200 has 132 processors): it costs a launch.
     """
     if not sums:
-        return (n * down, along), 1
+        return (n * down * along, 1), 1
     programs, tiles = (n * down, along) if planes else (n * along, down)
     splits = 1 if programs >= 256 else max(1, min(triton.cdiv(512, max(programs, 1)), tiles // 4))
     steps = triton.cdiv(tiles, splits)
@@ -165,14 +165,23 @@ def channels(n, block, A, B, CHANNELS, PLANES: tl.constexpr, ROWS: tl.constexpr,
 def place(row_block, col_block, A, B, PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr,
           BIG: tl.constexpr):  # fmt: skip
     """Rows (ROWS, 1), columns (1, COLS), and where each row starts in its first vector (ROWS, 1)."""
+    if BIG:
+        row_block, col_block = row_block.to(tl.int64), col_block.to(tl.int64)
     a = row_block * ROWS + tl.arange(0, ROWS)[:, None]
     col = col_block * COLS + tl.arange(0, COLS)[None, :]
-    if BIG:
-        a = a.to(tl.int64)
     head = a * 0
     if PLANES and V > 1:
         head = a * B % V
     return a, col, head
+
+
+@triton.jit
+def spot(A, B, PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr):
+    """This program's sample and tile in a pointwise launch. One grid dimension: the others end at 65535."""
+    along = tl.cdiv(B + V - 1 if PLANES else B, COLS)
+    n, block = sample(tl.cdiv(A, ROWS) * along)
+    a, col, head = place(block // along, block % along, A, B, PLANES, ROWS, COLS, V, BIG)
+    return n, a, col, head
 
 
 @triton.jit

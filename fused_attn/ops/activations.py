@@ -1,8 +1,8 @@
 """The activations and gates that ops take by name, with their derivatives: one table for every eager form.
 
-`act(v)` follows the first dense layer of an MLP, or a residual add; `gate(u)` turns a logit into a gate. Both names index the
-same table. Conventions at kinks are PyTorch's: derivative 0 of relu at 0, and of the clamped forms at their ends.
-The C++ form is csrc/activations.h, the Triton form is tile.py; a test compares the three.
+`act(v)` follows the first dense layer of an MLP, or a residual add; `gate(u)` turns a logit into a gate. Both names
+index the same table. Conventions at kinks are PyTorch's: derivative 0 of relu at 0, and of the clamped forms at their
+ends. The C++ form is csrc/simd.h, the Triton form is tile.py; a test compares the three.
 """
 
 import math

@@ -5,8 +5,8 @@
     mean_max  both, stacked: (2, N, C)
     mean_abs  p[n, c] = 1/S Σ_s |x[n, c, s]|
 
-Squeeze of SE (Hu et al., arXiv:1709.01507, eq. 2), channel gate of CBAM (Woo et al., arXiv:1807.06521, eq. 2), thresholds of
-DRSN (Zhao et al., 2020, §III-B). Backward: dx = dp/S, dp at the maxima, sign(x)·dp/S.
+Squeeze of SE (Hu et al., arXiv:1709.01507, eq. 2), channel gate of CBAM (Woo et al., arXiv:1807.06521, eq. 2),
+thresholds of DRSN (Zhao et al., 2020, §III-B). Backward: dx = dp/S, dp at the maxima, sign(x)·dp/S.
 """
 
 import torch
@@ -48,7 +48,8 @@ def pooled(x: Tensor, pool: str, ties: str) -> tuple[Tensor, Tensor | None]:
 
 
 def pool_gradient(x: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, pool: str, ties: str) -> Tensor:
-    """d pool / dx · dpooled, broadcast against x, in dpooled's dtype. `values`: what was pooled, for the maximum's place."""
+    """d pool / dx · dpooled, broadcast against x, in dpooled's dtype. `values`: what was pooled, for the maximum's
+    place."""
     size = x[0, 0].numel() if x.numel() else 1
     dmean, dmax = (dpooled[0], dpooled[1]) if pool == "mean_max" else (dpooled, dpooled)
     out = None
@@ -138,9 +139,10 @@ def channel_pool(
     """Pools every channel of a feature map over its spatial dimensions, in one read of x.
 
     x: (N, C, *S) feature map, one or more spatial dimensions
-    pool: "mean" | "max" | "mean_max" | "mean_abs"; "mean_max" gives both, which unpack: `mean, largest = channel_pool(x, "mean_max")`
-    ties: where several positions hold the maximum, its gradient is divided evenly ("split": `torch.amax`, timm) or goes to the
-        first ("first": `torch.max(dim)`, adaptive max pooling, the authors of CBAM, pytorchcv)
+    pool: "mean" | "max" | "mean_max" | "mean_abs"; "mean_max" gives both, which unpack: `mean, largest =
+        channel_pool(x, "mean_max")`
+    ties: where several positions hold the maximum, its gradient is divided evenly ("split": `torch.amax`, timm) or
+        goes to the first ("first": `torch.max(dim)`, adaptive max pooling, the authors of CBAM, pytorchcv)
     return_index: also return the position (N, C), int64, of the first maximum in the flattened spatial dimensions
 
     Returns the descriptor: (N, C), or (2, N, C) for "mean_max"; float32 for half-precision x, else x's dtype.
@@ -167,7 +169,8 @@ def _bwd_budget(x: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, pool:
 
 @op(check=_check_bwd, budget=_bwd_budget)
 def channel_pool_bwd(x: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, pool: str, ties: str) -> Tensor:
-    """Gradient of `channel_pool`: dx in x's dtype and layout, from dpooled and what forward returned (values, index)."""
+    """Gradient of `channel_pool`: dx in x's dtype and layout, from dpooled and what forward returned (values,
+    index)."""
     dpooled = dpooled.to(accumulator(x.dtype))
     return like(x, pool_gradient(x, dpooled, values, index, pool, ties).expand(x.shape).to(x.dtype))
 

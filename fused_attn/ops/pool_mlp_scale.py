@@ -3,8 +3,8 @@
     p = (1−w)·mean_s x + w·max_s x,   gate = g(W2 act(norm(W1 p + b1)) + b2),   y = epilogue(x·gate + residual)
 
 Hu et al., arXiv:1709.01507, eq. 2–4 (w = 0); w = ½ is timm's `add_maxpool`; one layer is effective SE (Lee & Park,
-arXiv:1911.06667, eq. 3). It is `pool_scale` around `shared_mlp` as one launch on the CPU and one autograd node everywhere:
-measured, separate calls cost the host more than the arithmetic of a 7×7 map. Forward 2R+1W, backward 3R+1W.
+arXiv:1911.06667, eq. 3). It is `pool_scale` around `shared_mlp` as one launch on the CPU and one autograd node
+everywhere: measured, separate calls cost the host more than the arithmetic of a 7×7 map. Forward 2R+1W, backward 3R+1W.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layout import accumulator, like, match
 from ..registry import case, op
 from . import activations, checks
-from .channel_pool import TIES, pooled, spread
+from .channel_pool import TIES, pooled
 from .pool_scale import keeps_e, pool_scale_apply, pool_scale_reduce
 from .scale import formula as scaled
 from .shared_mlp import Mlp, or_none, pack, shared_mlp_bwd, statistics
@@ -54,7 +54,7 @@ def _check(x: Tensor, *args: object) -> None:
     max_weight, ties, epilogue, _ = args[16:]
     n, c = x.shape[:2]
     network.check(n, c)
-    checks.same_device("x", x, **dict(zip(Mlp._fields[:10], network[:10], strict=True)))  # type: ignore[arg-type]
+    checks.same_device("x", x, **dict(zip(Mlp._fields[:10], network[:10], strict=True)))
     if network.w2 is None and network.w1.shape[0] != c:
         raise ValueError(f"w1 must have shape (C, C) = ({c}, {c}) where w2 is None; got {tuple(network.w1.shape)}")
     if network.w2 is not None and network.w2.shape[0] != c:
@@ -168,7 +168,8 @@ def pool_mlp_scale(
     epilogue: str = "identity",
     epilogue_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squeeze-and-excitation of a feature map, with the residual add and activation that follow it: two reads of x, one write.
+    """Squeeze-and-excitation of a feature map, with the residual add and activation that follow it: two reads of x,
+    one write.
 
     x: (N, C, *S) feature map
     w1 … gate_weight, act, gate, slope, norm, eps: the small network, as in `shared_mlp`
@@ -203,7 +204,8 @@ def compose_bwd(
     max_weight: float, ties: str, epilogue: str, slope: float, residual: bool,
     reduce: object, mlp_bwd: object, apply: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The backward out of its three parts; a backend that has no launch of its own for the whole brings its own parts."""
+    """The backward out of its three parts; a backend that has no launch of its own for the whole brings its own
+    parts."""
     n, c = x.shape[:2]
     pool, with_max = pool_of(max_weight), keeps_max(max_weight, ties)
     p, values, state = unpack(saved, n, c, with_max)
@@ -258,7 +260,8 @@ def pool_mlp_scale_bwd(
     epilogue_slope: float,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of `pool_mlp_scale`: dx, dresidual (empty where it is dy), and that of each of the network's ten tensors."""
+    """Gradient of `pool_mlp_scale`: dx, dresidual (empty where it is dy), and that of each of the network's ten
+    tensors."""
     network = Mlp(w1, b1, w2, b2, norm_weight, norm_bias, norm_mean, norm_var, act_weight, gate_weight,
                   act, gate, slope, norm, eps)  # fmt: skip
     return compose_bwd(  # type: ignore[return-value]

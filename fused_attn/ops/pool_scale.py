@@ -1,8 +1,10 @@
-"""Both ends around any small excite: pool, let `excite` turn the descriptor into a gate, scale. One backward owns both ends.
+"""Both ends around any small excite: pool, let `excite` turn the descriptor into a gate, scale. One backward owns both
+ends.
 
     p = pool(x),  gate = excite(p, *params),  y = act(x·gate + residual)
 
-Backward has two halves with the excite's between them, so that the pooled gradient never becomes a feature map of its own:
+Backward has two halves with the excite's between them, so that the pooled gradient never becomes a feature map of its
+own:
 
     reduce  e = dy·act'(v),  dgate = Σ_s e·x                     reads dy, x
     excite  dp, dparams = vjp of excite at p, applied to dgate    [N, C] only
@@ -12,7 +14,7 @@ Checked in float64 against autograd for every pooling, tie rule and epilogue.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ from .scale import check_epilogue, epilogue_gradient, scale
 
 
 def keeps_e(act: str, residual: bool) -> bool:
-    """Whether the reduce half writes e: it is the residual's gradient, and the apply half then reads it in place of dy."""
+    """Whether the reduce half writes e: it is the residual's gradient, and the apply half then reads it in place of
+    dy."""
     return residual and act != "identity"
 
 
@@ -59,7 +62,8 @@ def pool_scale_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """First half of the backward: dgate (N, C); e, or empty where it is dy; how often each maximum occurs, or empty.
 
-    aux: what `activations.needs_aux` names, or None; values: (N, C) the maxima where ties="split" divides among them, else empty
+    aux: what `activations.needs_aux` names, or None; values: (N, C) the maxima where ties="split" divides among them,
+        else empty
     """
     e = epilogue_gradient(dy, x, gate, aux, act, slope)
     dgate = (e * x.to(e.dtype)).flatten(2).sum(-1)
@@ -100,7 +104,8 @@ def pool_scale_apply(
 ) -> Tensor:  # fmt: skip
     """Second half of the backward: dx = e·gate + pool'(x)·dpooled, with e = dy·act'(x·gate) where act isn't "identity".
 
-    values, count: (N, C) the maxima and how often each occurs, for ties="split"; index: (N, C) their place, for ties="first"
+    values, count: (N, C) the maxima and how often each occurs, for ties="split"; index: (N, C) their place, for
+        ties="first"
     """
     e = epilogue_gradient(e, x, gate, None, act, slope)
     stacked = torch.stack([values, values]) if pool == "mean_max" and values.numel() else values
@@ -122,8 +127,8 @@ def pool_scale(
 
     x: (N, C, *S) feature map
     excite: a differentiable function (descriptor, *params) -> gate (N, C); the descriptor is (N, C), or (2, N, C) for
-        "mean_max", float32 for half-precision x. It runs again in backward, so it must be pure: no dropout, no statistics
-        kept. Tensors that need a gradient must come through `params`, not through a closure.
+        "mean_max", float32 for half-precision x. It runs again in backward, so it must be pure: no dropout, no
+        statistics kept. Tensors that need a gradient must come through `params`, not through a closure.
     params: tensors handed to excite, which receive gradients
     pool, ties: as in `channel_pool`
     residual, act, slope: as in `scale`
@@ -131,7 +136,7 @@ def pool_scale(
     Returns y: (N, C, *S) in x's dtype and memory format.
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, options, or a gate that isn't (N, C).
     """
-    if is_transformed() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+    if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         return scale(x, excite(channel_pool(x, pool, ties), *params), residual, act, slope)
     checks.feature_map("x", x)
@@ -176,7 +181,7 @@ class _Spanning(torch.autograd.Function):
         split = has_max(pool) and ties == "split"
         values = largest(p, pool) if split else p.new_empty(0)
         dgate, e, count = pool_scale_reduce(x, dy, gate, aux, values, act, slope, pool, ties, residual)
-        _, vjp = torch.func.vjp(excite, p, *params)
+        vjp = torch.func.vjp(excite, p, *params)[1]
         dp, *dparams = vjp(dgate.to(gate.dtype))
         written = keeps_e(act, residual)
         through = act if not residual else "identity"

@@ -23,8 +23,7 @@ def _pool_scale_apply_kernel(
     x_sn, x_sr, e_sn, e_sr, dx_sn, dx_sr, ABS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
-    n, block = tile.sample(tl.cdiv(A, ROWS))
-    a, col, head = tile.place(block, tl.program_id(1), A, B, PLANES, ROWS, COLS, V, BIG)
+    n, a, col, head = tile.spot(A, B, PLANES, ROWS, COLS, V, BIG)
     mask = tile.owned(a, col, head, A, B, V)
     dx = tl.zeros((ROWS, COLS), ACC)
     x = dx

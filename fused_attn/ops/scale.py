@@ -2,11 +2,10 @@
 
     v[n, c, s] = x[n, c, s] · gate[n, c] (+ residual[n, c, s])        y = act(v)
 
-Excitation's second half (SE, arXiv:1709.01507, eq. 4), the residual add and activation of the block around it, and Caffe SENet's
-`Axpy`. Backward, e = dy·act'(v): dx = e·gate, dgate = Σ_s e·x, dresidual = e.
+Excitation's second half (SE, arXiv:1709.01507, eq. 4), the residual add and activation of the block around it, and
+Caffe SENet's `Axpy`. Backward, e = dy·act'(v): dx = e·gate, dgate = Σ_s e·x, dresidual = e.
 """
 
-import torch
 from torch import Tensor
 
 from ..layout import accumulator, like, match
@@ -15,10 +14,9 @@ from . import activations, checks
 from .channel_pool import spread
 
 
-def epilogue_gradient(
-    dy: Tensor, x: Tensor, gate: Tensor, aux: Tensor | None, act: str, slope: float
-) -> Tensor:
-    """e = dy·act'(v) in the accumulation dtype. aux: the output or the residual, as `activations.needs_aux` says, or None."""
+def epilogue_gradient(dy: Tensor, x: Tensor, gate: Tensor, aux: Tensor | None, act: str, slope: float) -> Tensor:
+    """e = dy·act'(v) in the accumulation dtype. aux: the output or the residual, as `activations.needs_aux` says, or
+    None."""
     acc = accumulator(x.dtype)
     e = dy.to(acc)
     if act == "identity":
@@ -93,7 +91,8 @@ def _budget(x: Tensor, gate: Tensor, residual: Tensor | None, act: str, slope: f
 def scale(
     x: Tensor, gate: Tensor, residual: Tensor | None = None, act: str = "identity", slope: float = 0.01
 ) -> Tensor:
-    """Multiplies every channel of a feature map by its gate, then adds a residual and applies an activation, in one pass.
+    """Multiplies every channel of a feature map by its gate, then adds a residual and applies an activation, in one
+    pass.
 
     x: (N, C, *S) feature map
     gate: (N, C) factors; float32 is welcome beside a half-precision x
@@ -124,7 +123,8 @@ def _check_bwd(x: Tensor, gate: Tensor, aux: Tensor | None, dy: Tensor, act: str
 def scale_bwd(
     x: Tensor, gate: Tensor, aux: Tensor | None, dy: Tensor, act: str, slope: float, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of `scale` in one pass: dx, dgate, and dresidual (empty where it would be dy itself, or there is no residual)."""
+    """Gradient of `scale` in one pass: dx, dgate, and dresidual (empty where it would be dy itself, or there is no
+    residual)."""
     e = epilogue_gradient(dy, x, gate, aux, act, slope)
     dx = like(x, (e * spread(gate.to(e.dtype), x)).to(x.dtype))
     dgate = (e * x.to(e.dtype)).flatten(2).sum(-1).to(gate.dtype)

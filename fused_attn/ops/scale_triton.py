@@ -24,8 +24,7 @@ def _scale_fwd_kernel(
     ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
-    n, block = tile.sample(tl.cdiv(A, ROWS))
-    a, col, head = tile.place(block, tl.program_id(1), A, B, PLANES, ROWS, COLS, V, BIG)
+    n, a, col, head = tile.spot(A, B, PLANES, ROWS, COLS, V, BIG)
     mask = tile.owned(a, col, head, A, B, V)
     gate = tile.pick(tile.channel(gate_ptr, n, a, col, A, B, ACC, PLANES), col, head, B, PLANES, V)
     v = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC) * gate

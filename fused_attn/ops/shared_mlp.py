@@ -3,8 +3,9 @@
     z = W1 p + b1,  h = act(norm(z)),  u = Σ_p (W2 h + b2),  gate = g(u)          two layers
     u = Σ_p (W1 p + b1),               gate = g(u)                                one layer (w2 is None)
 
-Σ_p runs over one descriptor, or over mean and max as in CBAM (arXiv:1807.06521, eq. 2); SE's excitation is arXiv:1709.01507,
-eq. 3. `norm` is a BatchNorm over the N descriptors of a batch (rexnet's SE), by batch or by running statistics.
+Σ_p runs over one descriptor, or over mean and max as in CBAM (arXiv:1807.06521, eq. 2); SE's excitation is
+arXiv:1709.01507, eq. 3. `norm` is a BatchNorm over the N descriptors of a batch (rexnet's SE), by batch or by running
+statistics.
 """
 
 from typing import NamedTuple
@@ -43,7 +44,7 @@ class Mlp(NamedTuple):
         """The same network in the dtype of its arithmetic, weights of 1×1 convolutions flattened to (rows, columns)."""
         flat = lambda w: w.flatten(1) if w is not None and w.dim() > 2 else w
         tensors = [t if t is None else flat(t).to(acc) for t in self[:10]]
-        return Mlp(*tensors, *self[10:])  # type: ignore[arg-type]
+        return Mlp(*tensors, *self[10:])  # type: ignore[arg-type,call-arg]
 
     def check(self, rows: int, columns: int) -> None:
         """Complains about a network that doesn't map (rows, columns) descriptors to gates."""
@@ -79,7 +80,8 @@ class Mlp(NamedTuple):
         if self.norm == "batch":
             mean, var = z.mean(0), z.var(0, unbiased=False)
         else:
-            assert self.norm_mean is not None and self.norm_var is not None
+            assert self.norm_mean is not None
+            assert self.norm_var is not None
             mean, var = self.norm_mean, self.norm_var
         return (z - mean) * torch.rsqrt(var + self.eps), mean, var
 
@@ -106,7 +108,8 @@ class Mlp(NamedTuple):
 
 
 def pack(mlp: Mlp, u: Tensor, z: Tensor | None) -> Tensor:
-    """What backward needs of the network, in one flat tensor: z | u | batch mean | batch variance (csrc/mlp.h reads it so)."""
+    """What backward needs of the network, in one flat tensor: z | u | batch mean | batch variance (csrc/mlp.h reads it
+    so)."""
     parts = [u.flatten()]
     if z is not None:
         parts.insert(0, z.flatten())
@@ -168,10 +171,11 @@ def backward(mlp: Mlp, p: Tensor, saved: Tensor, dgate: Tensor) -> tuple[Tensor,
 
 
 def gradients_like(mlp: Mlp, grads: list[Tensor | None]) -> tuple[Tensor, ...]:
-    """Each gradient in its own tensor's shape and dtype; an empty tensor where there is none (an operator can't return None)."""
+    """Each gradient in its own tensor's shape and dtype; an empty tensor where there is none (an operator can't return
+    None)."""
     empty = mlp.w1.new_empty
     pairs = zip(mlp[:10], grads, strict=True)
-    return tuple(empty(0) if g is None or t is None else g.reshape(t.shape).to(t.dtype) for t, g in pairs)  # type: ignore[union-attr,arg-type]
+    return tuple(empty(0) if g is None or t is None else g.reshape(t.shape).to(t.dtype) for t, g in pairs)
 
 
 def or_none(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -185,7 +189,7 @@ def _check(pooled: Tensor, *mlp: object) -> None:
         raise ValueError(f"pooled must have shape (N, C) or (2, N, C); got {tuple(pooled.shape)}")
     network = Mlp(*mlp)  # type: ignore[arg-type]
     network.check(pooled.shape[:-1].numel(), pooled.shape[-1])
-    checks.same_device("pooled", pooled, **dict(zip(Mlp._fields[:10], network[:10], strict=True)))  # type: ignore[arg-type]
+    checks.same_device("pooled", pooled, **dict(zip(Mlp._fields[:10], network[:10], strict=True)))
 
 
 def formula(pooled: Tensor, *mlp: object) -> Tensor | tuple[Tensor, Tensor]:
@@ -277,9 +281,10 @@ def shared_mlp(
     norm: "none" | "batch" (statistics of this batch; the result is then a pair) | "running" (norm_mean and norm_var)
     eps: added to the variance
 
-    Returns the gate (N, C) in the arithmetic's dtype, float32 for half-precision descriptors; with norm="batch" also the
-    statistics (2, H), mean and biased variance, for running averages.
-    Raises ValueError or TypeError, naming the argument, for shapes that don't fit, unknown options, a batch of 1 with norm="batch".
+    Returns the gate (N, C) in the arithmetic's dtype, float32 for half-precision descriptors; with norm="batch" also
+    the statistics (2, H), mean and biased variance, for running averages.
+    Raises ValueError or TypeError, naming the argument, for shapes that don't fit, unknown options, a batch of 1 with
+    norm="batch".
     """
     acc = accumulator(pooled.dtype)
     mlp = Mlp(w1, b1, w2, b2, norm_weight, norm_bias, norm_mean, norm_var, act_weight, gate_weight,

@@ -84,7 +84,7 @@ def test_scale(launches, residual, act, kind):
 @pytest.mark.parametrize(
     "how",
     [
-        dict(),
+        {},
         dict(residual=True, epilogue="relu"),
         dict(residual=True, epilogue="silu", max_weight=0.5),
         dict(max_weight=0.5, ties="first", epilogue="relu6"),
