@@ -86,7 +86,7 @@ def _walk(sums: bool, dtype: torch.dtype, maps: tuple[tuple[Sequence[int], Seque
     if not fits or b < v or (a * b if planes else b) % v:
         v = 1
     run = b + v - 1 if planes else b
-    rows, cols, warps = _tile(planes, a, run, dtype.itemsize, sums, sums and len(strides) > 1)
+    rows, cols, warps = _tile(planes, a, run, dtype.itemsize, sums, len(strides) > (1 if sums else 2))
     grid, steps = _share(planes, n, triton.cdiv(a, rows), triton.cdiv(run, cols), sums)
     meta = dict(
         ACC=ACC.get(dtype, tl.float32), PLANES=planes, ROWS=rows, COLS=cols, V=v,
@@ -95,12 +95,11 @@ def _walk(sums: bool, dtype: torch.dtype, maps: tuple[tuple[Sequence[int], Seque
     return Walk(planes, n, a, b, grid, steps, tuple(r or (0, 0) for r in row), meta)
 
 
-# The heuristic table.
-#                      elements of a tile                     its columns (contiguous)
-#   pointwise          2 vectors a thread                     512 bytes: one load of a warp
-#   sum over one map   the same                               planes 512 bytes: a row ends inside a warp, by shuffles
-#   sum over several   1: more maps are in flight, and each   pixels 128 bytes: a cache line, by many rows
-#                      element holds its sums in registers
+# The heuristic table. A thread has two loads of 16 bytes in flight, or more.
+#               vectors a thread                          columns of a tile (contiguous)
+#   pointwise   2; 1 where it reads several maps          512 bytes: one load of a warp
+#   sum         the same: each element keeps its sums     planes 512 bytes: a row ends inside a warp, by shuffles
+#               in registers                              pixels 128 bytes: a cache line, by many rows
 def _tile(planes: bool, a: int, run: int, itemsize: int, sums: bool, several: bool) -> tuple[int, int, int]:
     """ROWS, COLS, num_warps."""
     elements = THREADS * (16 if several else 32) // itemsize

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fused_attn
-from fused_attn.registry import Op
+from fused_attn import backend
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +23,13 @@ def _automatic_backend():
 def launches(monkeypatch):
     """Every (op, arguments) that reaches a backend during the test, forward and backward, in order."""
     seen = []
-    launch = Op.launch
+    run = backend.run
 
-    def recording(self, args, infer=False):
-        seen.append((self, args))
-        return launch(self, args, infer)
+    def recording(op, args, infer, tensors):
+        seen.append((op, args))
+        return run(op, args, infer, tensors)
 
-    monkeypatch.setattr(Op, "launch", recording)
+    monkeypatch.setattr(backend, "run", recording)
     return seen
 
 

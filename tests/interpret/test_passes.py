@@ -13,7 +13,7 @@ from fused_attn.registry import case
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, in masked lanes
 
 # 13 × 16 isn't a whole number of tiles, 17 × 15 not of vectors either way in float32 planes; both dwarf what is [N, C].
-SHAPES = {"planes": (1, 4, 17, 15), "even": (1, 4, 13, 16), "pixels": (1, 16, 9, 7)}
+SHAPES = {"planes": (1, 4, 17, 15), "even": (1, 4, 13, 16), "pixels": (1, 16, 15, 13)}
 MLP = {"w1": "hc", "b1": "h", "w2": "ch", "b2": "c"}
 # Descriptors, gates and weights move too, and a vector may reach over the edge of a tile.
 SLACK = 0.3
@@ -25,11 +25,11 @@ def launches(monkeypatch):
     seen, launch, kernel = [], backend.run, tile.launch
     aten = None
 
-    def measured(op, args, infer):
+    def measured(op, args, *how):
         nonlocal aten
         x = args[0]
         with Traffic() as moved, counting(x.numel()) as aten:
-            outs = launch(op, args, infer)
+            outs = launch(op, args, *how)
         unit = x.numel() * x.element_size()
         reads, writes = moved.read / unit + aten.passes.reads, moved.written / unit + aten.passes.writes
         seen.append((op.name, reads, writes, op.budget(*args)))
