@@ -217,16 +217,16 @@ class _around(counting):
     """The dispatch mode, with the ops none the wiser: they take the path they take without it."""
 
     def __enter__(self):
-        from fused_attn import registry
+        from fused_attn import autograd
 
-        self.plain = registry._len_torch_dispatch_stack
-        registry._len_torch_dispatch_stack = lambda: 0
+        self.plain = autograd._len_torch_dispatch_stack
+        autograd._len_torch_dispatch_stack = lambda: 0
         return super().__enter__()
 
     def __exit__(self, *problem):
-        from fused_attn import registry
+        from fused_attn import autograd
 
-        registry._len_torch_dispatch_stack = self.plain
+        autograd._len_torch_dispatch_stack = self.plain
         return super().__exit__(*problem)
 
 
