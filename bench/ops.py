@@ -252,24 +252,24 @@ def traffic(job: Job, candidate: Candidate) -> tuple[float, str]:
     """
     size = job.sets[0][0].nbytes
     passes, backends, gradient = 0.0, dict[str, None](), False
-    launch = Op.launch
+    run = backend.run
 
-    def counted(op: Op, args: tuple[Any, ...], infer: bool = False) -> Any:
+    def counted(op: Op, args: tuple[Any, ...], infer: bool, tensors: list[torch.Tensor]) -> Any:
         nonlocal passes, gradient
         reads, writes = op.budget(*args) if op.budget is not None else (0, 0)
         largest = max((args[i].nbytes for _, i in op.map_indices if args[i] is not None), default=0)
         passes += (reads + writes) * largest / size
         gradient |= op.name != job.op.name
-        return launch(op, args, infer)
+        return run(op, args, infer, tensors)
 
-    Op.launch = counted  # type: ignore[method-assign]
+    backend.run = counted
     try:
         with candidate.context(), backend.observe(lambda choice: backends.setdefault(choice.backend)):
             candidate.calls[0]()
     except Exception:
         return 0.0, "failed"
     finally:
-        Op.launch = launch  # type: ignore[method-assign]
+        backend.run = run
     if job.mode == "forward+backward" and job.op.maps and not gradient:
         passes += 1  # dx was written by no op of ours, as where it is an expanded mean
     return passes, "+".join(backends)
