@@ -36,7 +36,7 @@ def _has_triton(op: Op) -> bool:
 
 def _has_cpp(op: Op) -> bool:
     sources = (ROOT / "csrc" / "cpu").glob("*.cpp")
-    return any(re.search(rf"^[\w:<>, ]+ {op.name}_cpu\(", s.read_text(), re.M) for s in sources)
+    return any(re.search(rf"^FA_REGISTER\({op.name}\)", s.read_text(), re.M) for s in sources)
 
 
 def _first_sentence(op: Op) -> str:

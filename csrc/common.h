@@ -72,7 +72,7 @@ enum class Act {
 };
 Act act_of(const std::string& name);
 // Whether act'(v) can be read off act(v), so that backward keeps the output and not the residual.
-inline bool from_output(Act act) { return act == Act::relu || act == Act::relu6 || act == Act::leaky_relu; }
+inline bool from_output(Act act) { return act == Act::relu || act == Act::relu6; }
 
 // ---- feature maps (layout.py)
 // (N, C, *S) with its spatial dimensions collapsed into one. planes: each (n, c) is a run of S; pixels: each (n, s) a
@@ -146,6 +146,17 @@ class Filled {
 };
 inline Tensor none_like(const Tensor& t) { return new_dense({0}, t.scalar_type()); }
 
+// Positions in a plane of s elements, (N, C): an index from elsewhere must not write outside of it.
+class Index {
+ public:
+  Index() = default;
+  Index(const Tensor& t, int64_t n, int64_t c, int64_t s);
+  const int64_t* get() const { return data_; }
+
+ private:
+  const int64_t* data_ = nullptr;
+};
+
 template <class A>
 std::unique_ptr<A[]> scratch(int64_t size) {
   return std::unique_ptr<A[]>(new A[std::max<int64_t>(size, 1)]);  // not zeroed
@@ -194,11 +205,15 @@ inline int64_t grain(int64_t elements_per_item) {
   STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpp, m) {                        \
     m.def(fa::op##_schema);                                                 \
     m.def(fa::op##_options_schema);                                         \
+    m.def(fa::op##_spelled_schema);                                         \
   }                                                                         \
   STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpp, CompositeExplicitAutograd, m) { \
     m.impl(#op "_options", TORCH_BOX(&fa::op##_register));                  \
   }                                                                         \
-  STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpp, CPU, m) { m.impl(#op, TORCH_BOX(&fa::op##_call)); }
+  STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpp, CPU, m) {                       \
+    m.impl(#op, TORCH_BOX(&fa::op##_call));                                 \
+    m.impl(#op "_spelled", TORCH_BOX(&fa::op##_spelled_call));              \
+  }
 #define FA_REGISTER_INFER(op)                                                        \
   STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn_cpp, m) { m.def(fa::op##_infer_schema); } \
   STABLE_TORCH_LIBRARY_IMPL(fused_attn_cpp, CPU, m) { m.impl(#op "_infer", TORCH_BOX(&fa::op##_infer_call)); }

@@ -28,6 +28,11 @@ inline Tensor channel_pool_infer_call(const std::vector<Tensor>& tensors, int64_
 }
 inline constexpr const char* channel_pool_infer_schema =
     "channel_pool_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> channel_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool, const std::string& ties, bool return_index) {
+  return channel_pool_cpu(required(tensors, mask, 0), pool, ties, return_index);
+}
+inline constexpr const char* channel_pool_spelled_schema =
+    "channel_pool_spelled(Tensor[] tensors, int mask, str pool, str ties, bool return_index) -> (Tensor, Tensor)";
 inline constexpr const char* channel_pool_options_schema = "channel_pool_options(int mask, str pool, str ties, bool return_index) -> int";
 
 struct channel_pool_bwd_options {
@@ -45,6 +50,11 @@ inline Tensor channel_pool_bwd_call(const std::vector<Tensor>& tensors, int64_t 
 }
 inline constexpr const char* channel_pool_bwd_schema =
     "channel_pool_bwd(Tensor[] tensors, int options) -> Tensor";
+inline Tensor channel_pool_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool, const std::string& ties) {
+  return channel_pool_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), pool, ties);
+}
+inline constexpr const char* channel_pool_bwd_spelled_schema =
+    "channel_pool_bwd_spelled(Tensor[] tensors, int mask, str pool, str ties) -> Tensor";
 inline constexpr const char* channel_pool_bwd_options_schema = "channel_pool_bwd_options(int mask, str pool, str ties) -> int";
 
 struct scale_options {
@@ -62,6 +72,11 @@ inline Tensor scale_call(const std::vector<Tensor>& tensors, int64_t options) {
 }
 inline constexpr const char* scale_schema =
     "scale(Tensor[] tensors, int options) -> Tensor";
+inline Tensor scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
+  return scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), act, slope);
+}
+inline constexpr const char* scale_spelled_schema =
+    "scale_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
 inline constexpr const char* scale_options_schema = "scale_options(int mask, str act, float slope) -> int";
 
 struct scale_bwd_options {
@@ -80,6 +95,11 @@ inline std::tuple<Tensor, Tensor, Tensor> scale_bwd_call(const std::vector<Tenso
 }
 inline constexpr const char* scale_bwd_schema =
     "scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor> scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, bool residual) {
+  return scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), required(tensors, mask, 3), act, slope, residual);
+}
+inline constexpr const char* scale_bwd_spelled_schema =
+    "scale_bwd_spelled(Tensor[] tensors, int mask, str act, float slope, bool residual) -> (Tensor, Tensor, Tensor)";
 inline constexpr const char* scale_bwd_options_schema = "scale_bwd_options(int mask, str act, float slope, bool residual) -> int";
 
 struct pool_scale_reduce_options {
@@ -100,6 +120,11 @@ inline std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_call(const std::vect
 }
 inline constexpr const char* pool_scale_reduce_schema =
     "pool_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
+  return pool_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), required(tensors, mask, 4), act, slope, pool, ties, residual);
+}
+inline constexpr const char* pool_scale_reduce_spelled_schema =
+    "pool_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties, bool residual) -> (Tensor, Tensor, Tensor)";
 inline constexpr const char* pool_scale_reduce_options_schema = "pool_scale_reduce_options(int mask, str act, float slope, str pool, str ties, bool residual) -> int";
 
 struct pool_scale_apply_options {
@@ -119,6 +144,11 @@ inline Tensor pool_scale_apply_call(const std::vector<Tensor>& tensors, int64_t 
 }
 inline constexpr const char* pool_scale_apply_schema =
     "pool_scale_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor pool_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties) {
+  return pool_scale_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), act, slope, pool, ties);
+}
+inline constexpr const char* pool_scale_apply_spelled_schema =
+    "pool_scale_apply_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties) -> Tensor";
 inline constexpr const char* pool_scale_apply_options_schema = "pool_scale_apply_options(int mask, str act, float slope, str pool, str ties) -> int";
 
 struct shared_mlp_options {
@@ -146,6 +176,11 @@ inline Tensor shared_mlp_infer_call(const std::vector<Tensor>& tensors, int64_t 
 }
 inline constexpr const char* shared_mlp_infer_schema =
     "shared_mlp_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> shared_mlp_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, const std::string& gate, double slope, const std::string& norm, double eps) {
+  return shared_mlp_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), optional(tensors, mask, 10), act, gate, slope, norm, eps);
+}
+inline constexpr const char* shared_mlp_spelled_schema =
+    "shared_mlp_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, str norm, float eps) -> (Tensor, Tensor)";
 inline constexpr const char* shared_mlp_options_schema = "shared_mlp_options(int mask, str act, str gate, float slope, str norm, float eps) -> int";
 
 struct shared_mlp_bwd_options {
@@ -166,6 +201,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 }
 inline constexpr const char* shared_mlp_bwd_schema =
     "shared_mlp_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shared_mlp_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, const std::string& gate, double slope, const std::string& norm, double eps) {
+  return shared_mlp_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), optional(tensors, mask, 10), optional(tensors, mask, 11), optional(tensors, mask, 12), act, gate, slope, norm, eps);
+}
+inline constexpr const char* shared_mlp_bwd_spelled_schema =
+    "shared_mlp_bwd_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, str norm, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* shared_mlp_bwd_options_schema = "shared_mlp_bwd_options(int mask, str act, str gate, float slope, str norm, float eps) -> int";
 
 struct pool_mlp_scale_options {
@@ -197,6 +237,11 @@ inline Tensor pool_mlp_scale_infer_call(const std::vector<Tensor>& tensors, int6
 }
 inline constexpr const char* pool_mlp_scale_infer_schema =
     "pool_mlp_scale_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor, Tensor> pool_mlp_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, const std::string& gate, double slope, const std::string& norm, double eps, double max_weight, const std::string& ties, const std::string& epilogue, double epilogue_slope) {
+  return pool_mlp_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), optional(tensors, mask, 10), optional(tensors, mask, 11), act, gate, slope, norm, eps, max_weight, ties, epilogue, epilogue_slope);
+}
+inline constexpr const char* pool_mlp_scale_spelled_schema =
+    "pool_mlp_scale_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope) -> (Tensor, Tensor, Tensor)";
 inline constexpr const char* pool_mlp_scale_options_schema = "pool_mlp_scale_options(int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope) -> int";
 
 struct pool_mlp_scale_bwd_options {
@@ -222,6 +267,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 }
 inline constexpr const char* pool_mlp_scale_bwd_schema =
     "pool_mlp_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_mlp_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, const std::string& gate, double slope, const std::string& norm, double eps, double max_weight, const std::string& ties, const std::string& epilogue, double epilogue_slope, bool residual) {
+  return pool_mlp_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), optional(tensors, mask, 10), optional(tensors, mask, 11), optional(tensors, mask, 12), optional(tensors, mask, 13), optional(tensors, mask, 14), act, gate, slope, norm, eps, max_weight, ties, epilogue, epilogue_slope, residual);
+}
+inline constexpr const char* pool_mlp_scale_bwd_spelled_schema =
+    "pool_mlp_scale_bwd_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope, bool residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* pool_mlp_scale_bwd_options_schema = "pool_mlp_scale_bwd_options(int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope, bool residual) -> int";
 
 }  // namespace fa

@@ -369,7 +369,7 @@ FA_NOINLINE V derivative(Act act, V v, V a) {
   const V zero{}, one = set<V>(1);
   switch (act) {
     case Act::relu:
-      return select(v > zero, one, zero);
+      return select(v <= zero, zero, one);
     case Act::relu6:
       return select((v > zero) & (v < set<V>(6)), one, zero);
     case Act::leaky_relu:

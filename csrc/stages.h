@@ -26,6 +26,16 @@ bool streams(const Map& out) {
          out.sn * size % 64 == 0 && step % 64 == 0;
 }
 
+// The sums of a sample's runs (runs, c), added in order and in double.
+template <class A>
+void add_runs(const A* sums, int64_t runs, int64_t c, A* out) {
+  const auto whole = scratch<double>(c);
+  for (int64_t k = 0; k < c; ++k) whole[k] = sums[k];
+  for (int64_t j = 1; j < runs; ++j)
+    for (int64_t k = 0; k < c; ++k) whole[k] += sums[j * c + k];
+  for (int64_t k = 0; k < c; ++k) out[k] = A(whole[k]);
+}
+
 // Counts (outer, inner) pairs from a flat number on: two divisions for a range, and not for every run of 49 elements in
 // it.
 struct Place {

@@ -5,7 +5,8 @@ reads garbage. `python -m fused_attn._codegen` writes the file, with `--check` i
 
 Passing twenty boxed arguments costs more than a 7×7 map's arithmetic (measured: 9 µs, against 3 for a list and a
 number). So an op's kernel is called with the list of its tensors and the number of its options, which are registered
-once: the header has the table of options and the call that spreads them out again.
+once: the header has the table of options and the call that spreads them out again. Options that keep changing (a slope
+on a schedule) are spelled out in the call instead, so that the table stays small.
 """
 
 import sys
@@ -53,6 +54,14 @@ def _render(op: Op) -> list[str]:
             f'    "{name}{suffix}(Tensor[] tensors, int options) -> {outputs}";',
         ]
     schema = ", ".join(["int mask", *(f"{_SCHEMA[t]} {n}" for n, t in options)])
+    outputs = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+    lines += [
+        f"inline {full} {name}_spelled_call(const std::vector<Tensor>& tensors, {parameters}) {{",
+        f"  return {name}_cpu({spread.replace('o.', '')});",
+        "}",
+        f"inline constexpr const char* {name}_spelled_schema =",
+        f'    "{name}_spelled(Tensor[] tensors, {schema}) -> {outputs}";',
+    ]
     lines += [f'inline constexpr const char* {name}_options_schema = "{name}_options({schema}) -> int";', ""]
     return lines
 

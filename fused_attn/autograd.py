@@ -8,6 +8,7 @@ Each has been seen to slip through a simpler check (inside vmap, `type(x) is Ten
 of them.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # operator.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, float, int, bool})
 _is_compiling = torch.compiler.is_compiling
-_NO_SECOND = "fused_attn.{} is a backward: a second derivative of a fused op is not available"
+_NO_SECOND = "fused_attn.{}: a second derivative of a fused op is not available"
 
 
 def is_plain(args: tuple[Any, ...]) -> bool:
@@ -35,7 +36,7 @@ def is_plain(args: tuple[Any, ...]) -> bool:
         return False
     if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or _get_tracing_state() is not None:
         return False
-    return _PLAIN.issuperset(map(type, args)) and not args[0].is_meta
+    return _PLAIN.issuperset(map(type, args)) and not getattr(args[0], "is_meta", False)
 
 
 def is_transformed() -> bool:
@@ -63,20 +64,33 @@ def launching(op: "Op") -> type[torch.autograd.Function]:
             return public
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             if grads[0] is None:
                 return (None,) * (count + 1)
-            needs = ctx.needs_input_grad[1:]
-            if ctx.backend == backend.forced():
-                back = differentiate(ctx.saved_tensors, ctx.consts, grads, needs)
-            else:
-                with backend.use_backend(ctx.backend):
-                    back = differentiate(ctx.saved_tensors, ctx.consts, grads, needs)
-            return None, *back
+            saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+            return None, *once(lambda: differentiate(saved, ctx.consts, grads, needs), ctx.backend, op.name)
 
     _name(Function, op)
     return Function
+
+
+def once(backward: Callable[[], tuple[Tensor | None, ...]], forced: str, name: str) -> tuple[Tensor | None, ...]:
+    """Runs a backward on the forward's backend; what is differentiated again raises, whatever it depends on.
+
+    `once_differentiable` isn't enough: it lets a second derivative pass as 0 where the incoming gradient is a constant.
+    """
+    with torch.no_grad():
+        if forced == backend.forced():
+            back = backward()
+        else:
+            with backend.use_backend(forced):
+                back = backward()
+    if not torch.is_grad_enabled():
+        return back
+    found = [t.detach().requires_grad_() for t in back if t is not None]
+    outs = torch._C._functions.DelayedError(_NO_SECOND.format(name).encode(), len(found))(*found)
+    marked = iter(outs if isinstance(outs, tuple) else (outs,))
+    return tuple(None if t is None else next(marked) for t in back)
 
 
 def transformed(op: "Op") -> type[torch.autograd.Function]:

@@ -81,6 +81,14 @@ class Implementation:
         return self.op.public(args, outs) if infer else outs
 
 
+# Options beyond these are spelled out in each call: a slope on a schedule must not fill the kernels' table.
+_MOST_OPTIONS = 1024
+
+
+def _mask(tensors: tuple[Any, ...]) -> int:
+    return sum(1 << i for i, t in enumerate(tensors) if t is not None)
+
+
 class CppImplementation(Implementation):
     """A compiled kernel: called with the list of the tensors that are there and the number of its options
     (_codegen.py)."""
@@ -90,6 +98,7 @@ class CppImplementation(Implementation):
         super().__init__(op, getattr(functions, op.name).default)
         self.first = getattr(functions, op.name + "_infer").default if op.alone else None
         self.register = getattr(functions, op.name + "_options").default
+        self.spelled = getattr(functions, op.name + "_spelled").default
         self.numbers: dict[tuple[Any, ...], tuple[int, bool]] = {}
 
     def number(self, args: tuple[Any, ...]) -> tuple[int, bool]:
@@ -98,7 +107,9 @@ class CppImplementation(Implementation):
         key = (*map(type, args[:count]), *args[count:])
         found = self.numbers.get(key)
         if found is None:
-            mask = sum(1 << i for i, t in enumerate(args[:count]) if t is not None)
+            if len(self.numbers) >= _MOST_OPTIONS:
+                return -1, False
+            mask = _mask(args[:count])
             alone = self.first is not None and self.op.alone(*args)  # type: ignore[misc]
             found = self.numbers[key] = self.register(mask, *args[count:]), alone
         return found
@@ -110,7 +121,10 @@ class CppImplementation(Implementation):
             number, alone = self.number(args)
             if infer and alone:
                 return self.first(tensors, number)  # type: ignore[misc]
-            outs = self.all(tensors, number)
+            count = self.op.count
+            outs = (
+                self.all(tensors, number) if number >= 0 else self.spelled(tensors, _mask(args[:count]), *args[count:])
+            )
         except (RuntimeError, TypeError):
             self.op.check(*args)
             raise

@@ -63,11 +63,12 @@ class Plan:
     """
 
     # Nothing in a plan refers to the module, which must be freed as soon as nobody else does.
-    __slots__ = ("children", "fixed", "handles", "own", "places", "skipped")
+    __slots__ = ("children", "cls", "fixed", "handles", "own", "places", "skipped")
 
     def __init__(self, module: nn.Module, skipped: Iterable[str], fixed: Iterable[str] = ()) -> None:
         modules = vars(module)["_modules"]
         named = [(name, modules[name]) for name in skipped if modules.get(name) is not None]
+        self.cls = type(module)
         self.children = tuple(modules.values())
         self.skipped = tuple((child, type(child), vars(child)) for _, child in named)
         self.own = tuple((name, vars(module)[name]) for name in fixed)
@@ -161,7 +162,7 @@ def ready(module: nn.Module) -> Plan | None:
     """The module's plan, where it holds; a new one, where its children changed into something understood; or None."""
     attributes = module.__dict__
     plan: Plan | None = attributes.get(KEY)
-    if plan is not None and plan.intact(attributes):
+    if plan is not None and type(module) is plan.cls and plan.intact(attributes):
         return plan
     if is_dynamo_compiling():  # a plan isn't made in traced code
         return None
@@ -190,7 +191,12 @@ def unfused(module: nn.Module, why: str) -> None:
 
 
 class Planned(nn.Module):
-    """A module that runs by a plan: it makes one in `_plan`, and its copies make their own."""
+    """A module that runs by a plan: it makes one in `_plan`, and its copies make their own.
+
+    by_plan: the forward that does what the plan does and nothing else; a subclass may have wrapped another around it
+    """
+
+    by_plan: ClassVar[Callable[..., Any]]
 
     def _plan(self) -> Plan:
         raise NotImplementedError
@@ -271,6 +277,7 @@ def fused_class(rule: Rule, original: type[nn.Module]) -> type["Fused"]:
         return found
     body = {
         "forward": rule.forward,
+        "by_plan": rule.forward,
         "rule": rule,
         "original": original,
         "__module__": original.__module__,

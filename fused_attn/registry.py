@@ -98,13 +98,17 @@ class Op:
             return self.public(args, outs)
         count = self.count
         tensors = [t for t in args[:count] if t is not None]
-        if torch.is_grad_enabled():
-            for t in tensors:
-                if t.requires_grad:
-                    if self._launching is None:
-                        raise autograd.no_second(self)
-                    return self._launching.apply(args[count:], *args[:count])
-        return backend.run(self, args, True, tensors)
+        try:
+            if torch.is_grad_enabled():
+                for t in tensors:
+                    if t.requires_grad:
+                        if self._launching is None:
+                            raise autograd.no_second(self)
+                        return self._launching.apply(args[count:], *args[:count])
+            return backend.run(self, args, True, tensors)
+        except (AttributeError, IndexError):
+            self.check(*args)  # something that isn't a tensor stands where one is expected
+            raise
 
     def __repr__(self) -> str:
         return f"<fused_attn op {self.schema}>"

@@ -11,6 +11,7 @@ import torch
 from bench import __main__ as bench
 from bench import measure, ops, qualify, report, support
 from bench.measure import Candidate, Row, Timing
+from fused_attn import backend
 from fused_attn.registry import OPS, case
 
 SMALL = case(x=(2, 32, 14, 14), w1=(4, 32), b1=(4,), w2=(32, 4), b2=(32,))
@@ -152,6 +153,13 @@ def test_readme_is_fresh():
     assert report.render(text) == text, "README.md is stale: run `python -m bench report`"
     for op in ("pool_mlp_scale", "scale", "channel_pool", "shared_mlp", "pool_scale"):
         assert f"`{op}`" in text
+
+
+def test_support_table_agrees_with_what_is_built():
+    if (why := backend.extension()) is not None:
+        pytest.skip(why)
+    for op in OPS.values():
+        assert report._has_cpp(op) == (not isinstance(backend.implementation(op, "cpp"), str)), op.name
 
 
 def test_report_of_results(tmp_path):

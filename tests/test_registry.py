@@ -138,7 +138,7 @@ def test_extension_matches_the_ops():
         s.name.removeprefix(prefix): s for s in torch._C._jit_get_all_schemas() if s.name.startswith(prefix)
     }  # fmt: skip
     public = {name for name in there if not name.startswith("_")}
-    expected = set(OPS) | {f"{name}_options" for name in OPS}
+    expected = set(OPS) | {f"{name}_{suffix}" for name in OPS for suffix in ("options", "spelled")}
     expected |= {f"{op.name}_infer" for op in OPS.values() if op.alone is not None}
     assert public <= expected, f"no op declares {public - expected}"
     assert set(OPS) <= public, f"no C++ kernel: {set(OPS) - public}"

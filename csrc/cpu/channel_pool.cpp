@@ -42,10 +42,9 @@ static void pool_as(const Map& x, Range samples, Acc<T>* total, Acc<T>* most, in
     });
     for (int64_t i = 0; i < n; ++i) {
       const int64_t to = (samples.begin + i) * c;
+      if constexpr (K != Pool::max) add_runs(sums.get() + i * runs * c, runs, c, total + to);
       for (int64_t j = 0; j < runs; ++j) {
-        const int64_t from = (i * runs + j) * c;
-        if constexpr (K != Pool::max)
-          for (int64_t k = 0; k < c; ++k) total[to + k] = j ? total[to + k] + sums[from + k] : sums[from + k];
+        [[maybe_unused]] const int64_t from = (i * runs + j) * c;
         if constexpr (has_max(K))
           for (int64_t k = 0; k < c; ++k) {
             const A v = tops[from + k];
@@ -126,7 +125,7 @@ Tensor channel_pool_bwd_cpu(const Tensor& x, const Tensor& dpooled, const Tensor
     else
       check_shape(*t, {m.n, m.c});
   }
-  if (has_max(kind) && !split) check_shape(index, {m.n, m.c});
+  const Index places = has_max(kind) && !split ? Index(index, m.n, m.c, m.s) : Index();
   by_dtype(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
@@ -147,7 +146,7 @@ Tensor channel_pool_bwd_cpu(const Tensor& x, const Tensor& dpooled, const Tensor
       back.max = max;
     } else if (has_max(kind)) {
       back.first = dmax;
-      back.index = static_cast<const int64_t*>(index.data_ptr());
+      back.index = places.get();
     }
     apply<T>(none, maps[1], {0, m.n}, back);
   });

@@ -39,6 +39,7 @@ struct First {
   }
 };
 
+// Sums are put aside every 4096 elements, in double: a plane of millions loses no more than one of thousands.
 template <class T, Pool K, bool Index>
 FA_INLINE void pool_run(const T* p, int64_t n, Acc<T>* total, Acc<T>* most, int64_t* where) {
   using A = Acc<T>;
@@ -49,12 +50,22 @@ FA_INLINE void pool_run(const T* p, int64_t n, Acc<T>* total, Acc<T>* most, int6
   R r[4] = {R::start(), R::start(), R::start(), R::start()};  // four chains hide the latency of an addition
   const I lane = to_integer(lanes_from_zero<V>());
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) FA_UNROLL
-  for (int64_t j = 0; j < 4; ++j) r[j].take(load<V>(p + i + j * W), lane + Integer<A>(i + j * W));
+  double aside = 0;
+  for (;;) {
+    const int64_t stop = std::min<int64_t>(n, i + 4096);
+    for (; i + 4 * W <= stop; i += 4 * W) {
+      FA_UNROLL
+      for (int64_t j = 0; j < 4; ++j) r[j].take(load<V>(p + i + j * W), lane + Integer<A>(i + j * W));
+    }
+    if (n - i < 4 * W) break;
+    aside += sum((r[0].total + r[1].total) + (r[2].total + r[3].total));
+    r[0].total = r[1].total = r[2].total = r[3].total = V{};
+  }
   for (; i + W <= n; i += W) r[0].take(load<V>(p + i), lane + Integer<A>(i));
   auto tail = Running<A, K, Index>::start();
   for (; i < n; ++i) tail.take(load<A>(p + i), Integer<A>(i));
-  if constexpr (K != Pool::max) *total = sum((r[0].total + r[1].total) + (r[2].total + r[3].total)) + tail.total;
+  if constexpr (K != Pool::max)
+    *total = A(aside + (sum((r[0].total + r[1].total) + (r[2].total + r[3].total)) + tail.total));
   if constexpr (has_max(K) && Index) {
     First<A> first;
     for (const auto& part : r) first.template take_lanes<V, K>(part);

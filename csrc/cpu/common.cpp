@@ -177,6 +177,13 @@ Dense<A>::Dense(const Tensor& t) {
 template class Dense<float>;
 template class Dense<double>;
 
+Index::Index(const Tensor& t, int64_t n, int64_t c, int64_t s) {
+  check_shape(t, {n, c});
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous(), "index must be contiguous int64");
+  data_ = static_cast<const int64_t*>(t.data_ptr());
+  for (int64_t i = 0; i < n * c; ++i) STD_TORCH_CHECK(data_[i] >= 0 && data_[i] < s, "index out of its plane");
+}
+
 template <class A>
 Filled<A>::Filled(const Tensor& t) {
   const auto sizes = t.sizes();

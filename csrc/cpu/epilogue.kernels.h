@@ -7,7 +7,7 @@ FA_INLINE V gradient_at(const T* dy, const T* aux, V x, V gate, int64_t i, Act a
   } else {
     const V g = load<V>(dy + i);
     if constexpr (F == From::dy) return g;
-    if constexpr (F == From::mask) return select(load<V>(aux + i) > V{}, g, V{});
+    if constexpr (F == From::mask) return select(load<V>(aux + i) <= V{}, V{}, g);
     V v = x * gate;
     if (aux) {
       const V kept = load<V>(aux + i);

@@ -56,6 +56,7 @@ static std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> forward(
     A* const max = d.max_weight == 0 ? nullptr : d.keeps_max() ? p + nc : other.get();
     const State<A> state(net, 1, m.n, p + nc + (d.keeps_max() ? nc : 0));
     const auto gate = scratch<A>(nc);
+    if (m.n == 0) std::fill(p, p + size, A(0));  // statistics of nothing
     const Pool kind = d.max_weight == 0 ? Pool::mean : d.max_weight == 1 ? Pool::max : Pool::mean_max;
     const int64_t group = group_of(m, sizeof(T), net);
     for (int64_t n = 0; n < m.n; n += group) {
@@ -111,7 +112,7 @@ pool_mlp_scale_bwd_cpu(const Tensor& x, const Tensor& dy, const OptTensor& aux, 
   const auto maps = maps_of({&x, &dy, aux ? &*aux : nullptr, &dx, keep ? &kept : nullptr});
   const Map& m = maps[0];
   const NetworkArgs args = FA_NETWORK;
-  if (d.keeps_index()) check_shape(index, {m.n, m.c});
+  const Index places = d.keeps_index() ? Index(index, m.n, m.c, m.s) : Index();
   std::vector<Tensor> weights;
   by_dtype(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -146,7 +147,7 @@ pool_mlp_scale_bwd_cpu(const Tensor& x, const Tensor& dy, const OptTensor& aux, 
       }
       if (w != 1) back.add = dp;
       if (max) back.share = share, back.max = max;
-      if (d.keeps_index()) back.first = whole, back.index = static_cast<const int64_t*>(index.data_ptr());
+      if (d.keeps_index()) back.first = whole, back.index = places.get();
       apply<T>(again, maps[3], samples, back);
     }
     weights = mlp_weight_gradients(args, net, p, 1, m.n, state, dgate, between);

@@ -56,9 +56,9 @@ Tensor pool_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate
   else
     check_shape(dpooled, {x.size(0), x.size(1)});
   if (split) check_shape(values, {x.size(0), x.size(1)}), check_shape(count, {x.size(0), x.size(1)});
-  if (has_max(kind) && !split) check_shape(index, {x.size(0), x.size(1)});
   Tensor dx = new_like(x);
   const auto maps = maps_of({&x, &e, &dx});
+  const Index places = has_max(kind) && !split ? Index(index, maps[0].n, maps[0].c, maps[0].s) : Index();
   by_dtype(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
@@ -77,7 +77,7 @@ Tensor pool_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate
       back.max = max.get();
     } else if (has_max(kind)) {
       back.first = dmax;
-      back.index = static_cast<const int64_t*>(index.data_ptr());
+      back.index = places.get();
     }
     const Epilogue<T> in{maps[0], maps[1], {}, g.get(), act_of(act), A(slope)};
     apply<T>(in, maps[2], {0, maps[0].n}, back);

@@ -27,12 +27,10 @@ static void reduce_as(const Epilogue<T>& in, const Map& kept, const Map& dx, Ran
               max, sums.get() + i * c, seen.get() + (Count ? i * c : 0));
     }
   });
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < runs; ++j)
-      for (int64_t k = 0, to = (samples.begin + i) * c, from = (i * runs + j) * c; k < c; ++k) {
-        dgate[to + k] = j ? dgate[to + k] + sums[from + k] : sums[from + k];
-        if constexpr (Count) count[to + k] = j ? count[to + k] + seen[from + k] : seen[from + k];
-      }
+  for (int64_t i = 0, to = samples.begin * c; i < n; ++i, to += c) {
+    add_runs(sums.get() + i * runs * c, runs, c, dgate + to);
+    if constexpr (Count) add_runs(seen.get() + i * runs * c, runs, c, count + to);
+  }
 }
 
 template <class T>

@@ -35,12 +35,21 @@ FA_INLINE void reduce_run(const Reduce<T, F, Count>& f, int64_t n, Acc<T> gate, 
   const V g = set<V>(gate), m = set<V>(max);
   V total[4] = {}, seen[4] = {};
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) FA_UNROLL
-  for (int64_t j = 0; j < 4; ++j) f.template step<V>(i + j * W, g, m, total[j], seen[j]);
+  double aside = 0;  // as in channel_pool.kernels.h
+  for (;;) {
+    const int64_t stop = std::min<int64_t>(n, i + 4096);
+    for (; i + 4 * W <= stop; i += 4 * W) {
+      FA_UNROLL
+      for (int64_t j = 0; j < 4; ++j) f.template step<V>(i + j * W, g, m, total[j], seen[j]);
+    }
+    if (n - i < 4 * W) break;
+    aside += sum((total[0] + total[1]) + (total[2] + total[3]));
+    total[0] = total[1] = total[2] = total[3] = V{};
+  }
   for (; i + W <= n; i += W) f.template step<V>(i, g, m, total[0], seen[0]);
   A rest = 0, rest_seen = 0;
   for (; i < n; ++i) f.template step<A>(i, gate, max, rest, rest_seen);
-  *dgate = sum((total[0] + total[1]) + (total[2] + total[3])) + rest;
+  *dgate = A(aside + (sum((total[0] + total[1]) + (total[2] + total[3])) + rest));
   if constexpr (Count) *count = sum((seen[0] + seen[1]) + (seen[2] + seen[3])) + rest_seen;
 }
 

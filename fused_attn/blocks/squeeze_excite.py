@@ -27,6 +27,7 @@ from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, regist
 from ..registry import Block, case
 
 _DENSE = ("torch.nn.modules.conv.Conv2d", "torch.nn.modules.linear.Linear")
+_MEAN = "torch.nn.modules.pooling.AdaptiveAvgPool2d"
 _NORMS = tuple(f"torch.nn.modules.batchnorm.BatchNorm{d}d" for d in (1, 2, 3))
 
 
@@ -35,6 +36,7 @@ class ExcitePlan(Plan):
 
     fc1, norm, act, fc2, gate: names of the children; None: there is none of this kind
     maxpool: name of the attribute that says whether the maximum is averaged in
+    pool: name of the child that computes the mean; None: forward does
     """
 
     __slots__ = ("act", "act_place", "first", "gate", "gate_place", "max_weight", "norm", "second", "simple", "slope")
@@ -48,11 +50,13 @@ class ExcitePlan(Plan):
         act: str | None = None,
         norm: str | None = None,
         maxpool: str | None = None,
-        also: tuple[str, ...] = (),
+        pool: str | None = None,
     ) -> None:
-        skipped = [name for name in (fc1, norm, act, fc2, gate) if name is not None]
-        super().__init__(module, (*skipped, *also), (maxpool,) if maxpool else ())
+        skipped = [name for name in (pool, fc1, norm, act, fc2, gate) if name is not None]
+        super().__init__(module, skipped, (maxpool,) if maxpool else ())
         children: dict[str, Any] = module.__dict__["_modules"]
+        if pool is not None:
+            _mean(self, pool, children[pool])
         self.first = _dense(self, fc1, children[fc1])
         self.second = _dense(self, fc2, children[fc2]) if fc2 else None
         channels = self.first["weight"].shape[1]
@@ -92,6 +96,12 @@ class ExcitePlan(Plan):
         y, statistics = out
         _keep(self.norm, statistics, x.shape[0])  # type: ignore[arg-type]
         return y
+
+
+def _mean(plan: Plan, name: str, child: nn.Module | None) -> None:
+    """Raises Refused for a pooling layer that doesn't compute the mean of each map."""
+    if path(type(child)) != _MEAN or plan.fix(child, "output_size") not in (1, (1, 1)):  # type: ignore[arg-type]
+        raise Refused(f"{name} is {child!r}, not an AdaptiveAvgPool2d of output size 1")
 
 
 def _dense(plan: Plan, name: str, child: nn.Module | None) -> dict[str, Any]:
@@ -141,6 +151,8 @@ def _keep(norm: dict[str, Any], statistics: Tensor, n: int) -> None:
             momentum = 1.0 / count.to(mean.dtype)
     if momentum is None:
         momentum = 0.0
+    if n == 0:  # there is nothing to remember, but the batch counts
+        return
     batch = statistics.detach().to(mean.dtype)
     mean.mul_(1 - momentum).add_(batch[0] * momentum)
     var.mul_(1 - momentum).add_(batch[1] * (momentum * (n / (n - 1))))
@@ -194,6 +206,8 @@ class _Gate(Planned):
         y = x * self.excite(self.squeeze(x)).reshape(x.shape[:2] + (1,) * (x.dim() - 2))
         y = y if residual is None else y + residual
         return activations.apply(epilogue, y, epilogue_slope)
+
+    by_plan = forward
 
     def squeeze(self, x: Tensor) -> Tensor:
         """The descriptor (N, C, 1, 1), eq. 2, by plain PyTorch."""
@@ -331,7 +345,7 @@ SE_RULES = register(
     _rule(
         "torchvision.ops.misc.SqueezeExcitation",
         {"forward": ("23edf6a1397e",), "_scale": ("0f58890b06ca",)},
-        fc1="fc1", act="activation", fc2="fc2", gate="scale_activation", also=("avgpool",),
+        fc1="fc1", act="activation", fc2="fc2", gate="scale_activation", pool="avgpool",
     ),
 )  # fmt: skip
 ESE_RULES = register(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops import activations
-from ..plan import Plan, Refused, Rule, activation, path, ready, register, unfused
+from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, unfused
 
 # Modules that may stand between gate and add: idle ones, and DropPath, which is idle in evaluation and at rate 0.
 _IDLE = "torch.nn.modules.linear.Identity"
@@ -46,6 +46,11 @@ class TailPlan(Plan):
         skipped = (tail.gate, tail.act) if tail.drop_path is None else (tail.gate, tail.act, tail.drop_path)
         super().__init__(module, skipped)
         children = module.__dict__["_modules"]
+        gate = children.get(tail.gate)
+        if gate is None:
+            raise Refused(f"{tail.gate} is None")
+        if isinstance(gate, Planned) and type(gate).forward is not type(gate).by_plan:
+            raise Refused(f"{tail.gate} is a {path(type(gate))}, which overrides the forward that its plan replaces")
         self.tail = tail
         self.epilogue, self.slope = activation(self, tail.act, children[tail.act], activations.EPILOGUES)
         between = children.get(tail.drop_path) if tail.drop_path else None

@@ -36,7 +36,7 @@ def _inside(v: Tensor, low: float, high: float) -> Tensor:
 
 TABLE: dict[str, Pair] = {
     "identity": (lambda v, a: v, lambda v, a: torch.ones_like(v)),
-    "relu": (lambda v, a: F.relu(v), lambda v, a: (v > 0).to(v.dtype)),
+    "relu": (lambda v, a: F.relu(v), lambda v, a: (~(v <= 0)).to(v.dtype)),  # passes NaN, as torch does
     "relu6": (lambda v, a: F.relu6(v), lambda v, a: _inside(v, 0, 6)),
     "leaky_relu": (
         lambda v, a: F.leaky_relu(v, a),
@@ -61,7 +61,7 @@ ACTS = ("identity", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", 
 GATES = ("sigmoid", "hard_sigmoid", "clamp", "relu", "prelu", "identity")
 EPILOGUES = ("identity", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish")
 # The derivative of these at v can be read off act(v), so that backward needs the output and not the residual.
-FROM_OUTPUT = ("relu", "relu6", "leaky_relu")
+FROM_OUTPUT = ("relu", "relu6")
 
 
 def apply(name: str, v: Tensor, slope: float = 0.01, weight: Tensor | None = None) -> Tensor:

@@ -159,6 +159,8 @@ def _check_bwd(x: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, pool: 
     _check(x, pool, ties, False)
     shape = (2, *x.shape[:2]) if pool == "mean_max" else x.shape[:2]
     checks.shaped("dpooled", dpooled, shape, "(2, N, C)" if pool == "mean_max" else "(N, C)")
+    if has_max(pool) and ties == "first":
+        checks.index("index", index, x.shape[:2], "(N, C)")
 
 
 def _bwd_budget(x: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, pool: str, ties: str) -> tuple[int, int]:

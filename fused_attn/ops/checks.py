@@ -76,3 +76,17 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     """One of the names of an option."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def number(name: str, value: Any) -> None:
+    """A real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+
+
+def index(name: str, value: Any, shape: Sequence[int], meaning: str) -> None:
+    """Positions, int64, of exactly this shape. Whether they lie in a plane is for whoever reads them to see."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor; got {getattr(value, 'dtype', type(value).__name__)}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}; got {_shape(value)}")

@@ -51,7 +51,7 @@ def unpack(saved: Tensor, n: int, c: int, with_max: bool) -> tuple[Tensor, Tenso
 def _check(x: Tensor, *args: object) -> None:
     checks.feature_map("x", x)
     network, residual = Mlp(*args[:10], *args[11:16]), args[10]  # type: ignore[arg-type]
-    max_weight, ties, epilogue, _ = args[16:]
+    max_weight, ties, epilogue, epilogue_slope = args[16:]
     n, c = x.shape[:2]
     network.check(n, c)
     checks.same_device("x", x, **dict(zip(Mlp._fields[:10], network[:10], strict=True)))
@@ -62,6 +62,8 @@ def _check(x: Tensor, *args: object) -> None:
     checks.like("residual", residual, "x", x)  # type: ignore[arg-type]
     checks.one_of("ties", ties, TIES)
     checks.one_of("epilogue", epilogue, activations.EPILOGUES)
+    checks.number("epilogue_slope", epilogue_slope)
+    checks.number("max_weight", max_weight)
     if not 0 <= max_weight <= 1:  # type: ignore[operator]
         raise ValueError(f"max_weight must lie in [0, 1]; got {max_weight}")
 

@@ -19,8 +19,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..autograd import is_transformed, once
+from ..backend import forced
 from ..layout import accumulator, like, match
-from ..registry import is_transformed, op
+from ..registry import op
 from . import activations, checks
 from .channel_pool import POOLS, TIES, channel_pool, has_max, pool_gradient, spread
 from .scale import check_epilogue, epilogue_gradient, scale
@@ -82,6 +84,8 @@ def _check_apply(
     checks.like("e", e, "x", x)
     check_epilogue(x, gate, None, act)
     many = pool == "mean_max"
+    if has_max(pool) and ties == "first":
+        checks.index("index", index, x.shape[:2], "(N, C)")
     checks.shaped("dpooled", dpooled, (2, *x.shape[:2]) if many else x.shape[:2], "(2, N, C)" if many else "(N, C)")
 
 
@@ -108,7 +112,7 @@ def pool_scale_apply(
         ties="first"
     """
     e = epilogue_gradient(e, x, gate, None, act, slope)
-    stacked = torch.stack([values, values]) if pool == "mean_max" and values.numel() else values
+    stacked = torch.stack([values, values]) if pool == "mean_max" and ties == "split" else values
     back = pool_gradient(x, dpooled.to(e.dtype), stacked, index, pool, ties)
     return like(x, (e * spread(gate.to(e.dtype), x) + back).to(x.dtype))
 
@@ -163,18 +167,29 @@ class _Spanning(torch.autograd.Function):
         first = has_max(pool) and ties == "first"
         out = channel_pool(x, pool, ties, first)
         p, index = out if first else (out, x.new_empty(0, dtype=torch.int64))
-        gate = excite(p, *params)
+        if torch.compiler.is_compiling():
+            gate = excite(p, *params)
+        else:
+            with torch.enable_grad():
+                gate = excite(p, *(q.detach() for q in params))
+            if gate.requires_grad:
+                raise ValueError("excite must get tensors that need a gradient through params; it closes over one")
         checks.shaped("excite's gate", gate, x.shape[:2], "(N, C)")
         y = scale(x, gate, residual, act, slope)
         need = activations.needs_aux(act, residual is not None)
         aux = {"output": y, "residual": residual, None: None}[need]
         ctx.save_for_backward(x, gate, p, index, aux, *params)
         ctx.consts = excite, pool, ties, act, slope, residual is not None
+        ctx.backend = forced()
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "pool_scale")
+
+    @staticmethod
+    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The two halves, and the excite's between them."""
         x, gate, p, index, aux, *params = ctx.saved_tensors
         excite, pool, ties, act, slope, residual = ctx.consts
         dy = match(dy, x)

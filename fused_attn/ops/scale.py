@@ -6,6 +6,7 @@ Excitation's second half (SE, arXiv:1709.01507, eq. 4), the residual add and act
 Caffe SENet's `Axpy`. Backward, e = dy·act'(v): dx = e·gate, dgate = Σ_s e·x, dresidual = e.
 """
 
+import torch
 from torch import Tensor
 
 from ..layout import accumulator, like, match
@@ -22,13 +23,16 @@ def epilogue_gradient(dy: Tensor, x: Tensor, gate: Tensor, aux: Tensor | None, a
     if act == "identity":
         return e
     if aux is not None and act in activations.FROM_OUTPUT:
-        return e * activations.grad(act, aux.to(acc), slope)
-    v = x.to(acc) * spread(gate.to(acc), x)
-    return e * activations.grad(act, v if aux is None else v + aux.to(acc), slope)
+        d = activations.grad(act, aux.to(acc), slope)
+    else:
+        v = x.to(acc) * spread(gate.to(acc), x)
+        d = activations.grad(act, v if aux is None else v + aux.to(acc), slope)
+    return torch.where(d == 0, 0, e * d)  # a cut gradient is 0, whatever was cut
 
 
 def check_epilogue(x: Tensor, gate: Tensor, residual: Tensor | None, act: str) -> None:
     """What `scale` and every op that ends like it ask of their arguments."""
+    checks.tensor("gate", gate)
     checks.shaped("gate", gate, x.shape[:2], "(N, C)")
     checks.same_device("x", x, gate=gate)
     checks.like("residual", residual, "x", x)
@@ -38,6 +42,7 @@ def check_epilogue(x: Tensor, gate: Tensor, residual: Tensor | None, act: str) -
 def _check(x: Tensor, gate: Tensor, residual: Tensor | None, act: str, slope: float) -> None:
     checks.feature_map("x", x)
     check_epilogue(x, gate, residual, act)
+    checks.number("slope", slope)
 
 
 def formula(x: Tensor, gate: Tensor, residual: Tensor | None, act: str, slope: float) -> Tensor:

@@ -48,7 +48,10 @@ class Mlp(NamedTuple):
 
     def check(self, rows: int, columns: int) -> None:
         """Complains about a network that doesn't map (rows, columns) descriptors to gates."""
+        checks.tensor("w1", self.w1)
         checks.weight("w1", self.w1, None, columns, "(H, C)")
+        checks.number("slope", self.slope)
+        checks.number("eps", self.eps)
         hidden = self.w1.shape[0]
         checks.weight("w2", self.w2, None, hidden, "(C, H)")
         checks.shaped("b1", self.b1, (hidden,), "(H,)")
@@ -72,6 +75,8 @@ class Mlp(NamedTuple):
             slopes = getattr(self, name)
             if used == "prelu" and slopes is None:
                 raise ValueError(f"{name} must hold the slopes of prelu; got None")
+            if slopes is not None:
+                checks.tensor(name, slopes)
             if slopes is not None and tuple(slopes.shape) not in ((1,), (width,)):
                 raise ValueError(f"{name} must have shape (1,) or ({width},); got {tuple(slopes.shape)}")
 
