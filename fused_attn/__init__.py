@@ -1,5 +1,8 @@
 """Fused kernels for convolutional attention: forward and backward, in Triton and C++, falling back to eager PyTorch."""
 
+import importlib
+from types import ModuleType
+
 from . import ops
 from .backend import use_backend
 from .blocks import EffectiveSE, SqueezeExcite
@@ -22,3 +25,9 @@ __all__ = [
     "unfuse_",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "testing":  # on first use: the checks aren't part of what a program runs
+        return importlib.import_module(".testing", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,6 +79,8 @@ def once(backward: Callable[[], tuple[Tensor | None, ...]], forced: str, name: s
 
     `once_differentiable` isn't enough: it lets a second derivative pass as 0 where the incoming gradient is a constant.
     """
+    if _is_compiling():  # which differentiates once only, by itself
+        return backward()
     with torch.no_grad():
         if forced == backend.forced():
             back = backward()

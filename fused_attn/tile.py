@@ -262,12 +262,18 @@ def activate(v, ACT: tl.constexpr, SLOPE: tl.constexpr, weight):
 
 
 @triton.jit
+def cut(g, d):
+    """g·d, and 0 where the derivative d is 0, whatever is cut there."""
+    return tl.where(d == 0, 0.0, g * d)
+
+
+@triton.jit
 def derivative(v, ACT: tl.constexpr, SLOPE: tl.constexpr, weight):
     """d act(v) / dv, as ops/activations.py has it."""
     if ACT == "identity":
         return tl.full(v.shape, 1, v.dtype)
     elif ACT == "relu":
-        return (v > 0).to(v.dtype)
+        return tl.where(v <= 0, 0.0, tl.full(v.shape, 1, v.dtype))  # passes NaN, as torch does
     elif ACT == "relu6":
         return ((v > 0) & (v < 6)).to(v.dtype)
     elif ACT == "leaky_relu":

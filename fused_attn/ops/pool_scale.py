@@ -180,7 +180,7 @@ class _Spanning(torch.autograd.Function):
         aux = {"output": y, "residual": residual, None: None}[need]
         ctx.save_for_backward(x, gate, p, index, aux, *params)
         ctx.consts = excite, pool, ties, act, slope, residual is not None
-        ctx.backend = forced()
+        ctx.backend = "auto" if torch.compiler.is_compiling() else forced()  # compiled code looks when it runs
         return y
 
     @staticmethod

@@ -40,11 +40,11 @@ def epilogue_gradient(dy, x, gate, aux, ACT: tl.constexpr, SLOPE: tl.constexpr, 
     if ACT == "identity":
         return dy
     elif OUTPUT:
-        return dy * tile.derivative(aux, ACT, SLOPE, None)
+        return tile.cut(dy, tile.derivative(aux, ACT, SLOPE, None))
     elif aux is None:
-        return dy * tile.derivative(x * gate, ACT, SLOPE, None)
+        return tile.cut(dy, tile.derivative(x * gate, ACT, SLOPE, None))
     else:
-        return dy * tile.derivative(x * gate + aux, ACT, SLOPE, None)
+        return tile.cut(dy, tile.derivative(x * gate + aux, ACT, SLOPE, None))
 
 
 @triton.jit
