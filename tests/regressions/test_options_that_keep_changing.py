@@ -1,5 +1,6 @@
 """After 4096 different options an op failed for good: a slope on a schedule ended a training run."""
 
+import pytest
 import torch
 
 from fused_attn import backend, ops
@@ -14,8 +15,8 @@ def test_a_slope_on_a_schedule(monkeypatch):
 
 
 def test_the_table_stays_small():
-    if backend.extension() is not None:
-        return  # no kernels, no table
+    if (why := backend.extension()) is not None:
+        pytest.skip(f"no kernels, no table: {why}")
     x, gate = torch.randn(1, 2, 3, 3), torch.rand(1, 2)
     for i in range(5000):
         ops.scale(x, gate, None, "leaky_relu", i * 1e-5)
