@@ -1,5 +1,4 @@
-// The stages, as ops call them: what channel_pool.cpp, scale.cpp, pool_scale.cpp and shared_mlp.cpp lend to one
-// another.
+// The stages, as ops call them: what the files in cpu/ lend to one another.
 //
 // Each walks the samples [n0, n1) of a feature map, over torch's thread pool; arrays over (n, c) are dense and start at
 // sample 0. Work is cut by shape and never by thread, so the bits of a result don't depend on the number of threads.
