@@ -1,7 +1,6 @@
 """The declaration all else derives from: an `Op` is one hot path with its equations, its operators and its cases.
 
-    public function --> Op.__call__ -- tensors are plain, no gradient   --> backend.run        (one backend, chosen
-    with a reason)
+    public function --> Op.__call__ -- tensors are plain, no gradient   --> backend.run        (one backend, and why)
                                     -- tensors are plain, gradient      --> autograd.Function  (launch, save, backward)
                                     -- compiling, tracing, modes, …     --> torch.ops.fused_attn.<op>
 
