@@ -41,12 +41,13 @@ for name in {absent!r}:
 """
 USE = """
 import torch, fused_attn
+torch.manual_seed(0)
 x, gate = torch.randn(2, 3, 4, 4, requires_grad=True), torch.rand(2, 3)
 y = fused_attn.ops.scale(x, gate, act="relu")
 y.sum().backward()
 assert torch.equal(x.grad, gate[:, :, None, None] * (y > 0))
 m = fused_attn.ops.channel_pool(x, "mean")
-assert torch.allclose(m, x.mean((2, 3)))
+torch.testing.assert_close(m, x.mean((2, 3)), atol=1e-6, rtol=0)  # a mean may lie near 0: what is summed rounds, not it
 """
 
 
