@@ -430,3 +430,18 @@ def test_pool_scale_compiles(dynamic):
     args = (torch.randn(2, 6, 5, 3), torch.randn(6, 4), torch.randn(4, 6), torch.randn(2, 6, 5, 3))
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     assert testing.same_bits(testing.answer(fused, args), testing.answer(compiled, args))
+
+
+def test_pool_scale_returns_statistics():
+    """What excite returns beside the gate reaches the caller, without a gradient, and changes none."""
+    x = torch.randn(3, 5, 4, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    plain = lambda p, w: torch.sigmoid(p @ w)
+    y, mean, square = ops.pool_scale(x, lambda p, w: (plain(p, w), p.mean(0), (p @ w).square()), w)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    assert not mean.requires_grad and not square.requires_grad
+    expected = ops.pool_scale(x, plain, w)
+    assert torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, (x, w), dy), torch.autograd.grad(expected, (x, w), dy), strict=True):
+        assert torch.equal(a, b)

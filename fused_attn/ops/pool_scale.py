@@ -24,6 +24,7 @@ from ..backend import forced
 from ..layout import accumulator, like, match
 from ..registry import op
 from . import activations, checks
+from . import excite as excite_
 from .channel_pool import POOLS, TIES, channel_pool, has_max, pool_gradient, spread
 from .scale import check_epilogue, epilogue_gradient, scale
 
@@ -126,34 +127,34 @@ def pool_scale(
     residual: Tensor | None = None,
     act: str = "identity",
     slope: float = 0.01,
-) -> Tensor:
+) -> Any:
     """Pools x, turns the descriptor into a gate by any small function, and scales x by it; one backward owns both ends.
 
     x: (N, C, *S) feature map
     excite: a differentiable function (descriptor, *params) -> gate (N, C); the descriptor is (N, C), or (2, N, C) for
-        "mean_max", float32 for half-precision x. It runs again in backward, so it must be pure: no dropout, no
-        statistics kept. Tensors that need a gradient must come through `params`, not through a closure.
+        "mean_max", float32 for half-precision x. It runs again in backward, so it must be pure: no dropout, nothing
+        kept; statistics that the caller keeps are returned beside the gate, as a tuple (gate, *statistics). Tensors
+        that need a gradient must come through `params`, not through a closure.
     params: tensors handed to excite, which receive gradients
     pool, ties: as in `channel_pool`
     residual, act, slope: as in `scale`
 
-    Returns y: (N, C, *S) in x's dtype and memory format.
+    Returns y: (N, C, *S) in x's dtype and memory format; (y, *statistics) where excite returns statistics.
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, options, or a gate that isn't (N, C).
     """
     if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
-        return scale(x, excite(channel_pool(x, pool, ties), *params), residual, act, slope)
+        gate, kept = excite_.split(excite(channel_pool(x, pool, ties), *params))
+        y: Tensor = scale(x, gate, residual, act, slope)
+        return (y, *kept) if kept else y
     checks.feature_map("x", x)
     checks.one_of("pool", pool, POOLS)
     checks.one_of("ties", ties, TIES)
     checks.one_of("act", act, activations.EPILOGUES)
     checks.like("residual", residual, "x", x)
-    for i, p in enumerate(params):
-        checks.tensor(f"params[{i}]", p)
-    if not callable(excite):
-        raise TypeError(f"excite must be callable; got {type(excite).__name__}")
-    y: Tensor = _Spanning.apply(x, residual, excite, pool, ties, act, slope, *params)
-    return y
+    excite_.check(excite, params)
+    y, *statistics = _Spanning.apply(x, residual, excite, pool, ties, act, slope, *params)
+    return (y, *statistics) if statistics else y
 
 
 class _Spanning(torch.autograd.Function):
@@ -163,28 +164,22 @@ class _Spanning(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, excite: Callable[..., Tensor], pool: str, ties: str,
         act: str, slope: float, *params: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         first = has_max(pool) and ties == "first"
         out = channel_pool(x, pool, ties, first)
         p, index = out if first else (out, x.new_empty(0, dtype=torch.int64))
-        if torch.compiler.is_compiling():
-            gate = excite(p, *params)
-        else:
-            with torch.enable_grad():
-                gate = excite(p, *(q.detach() for q in params))
-            if gate.requires_grad:
-                raise ValueError("excite must get tensors that need a gradient through params; it closes over one")
-        checks.shaped("excite's gate", gate, x.shape[:2], "(N, C)")
+        gate, statistics = excite_.run(excite, (p,), params, x.shape[:2], "(N, C)")
         y = scale(x, gate, residual, act, slope)
         need = activations.needs_aux(act, residual is not None)
         aux = {"output": y, "residual": residual, None: None}[need]
         ctx.save_for_backward(x, gate, p, index, aux, *params)
         ctx.consts = excite, pool, ties, act, slope, residual is not None
         ctx.backend = "auto" if torch.compiler.is_compiling() else forced()  # compiled code looks when it runs
-        return y
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "pool_scale")
 
     @staticmethod
@@ -196,8 +191,7 @@ class _Spanning(torch.autograd.Function):
         split = has_max(pool) and ties == "split"
         values = largest(p, pool) if split else p.new_empty(0)
         dgate, e, count = pool_scale_reduce(x, dy, gate, aux, values, act, slope, pool, ties, residual)
-        vjp = torch.func.vjp(excite, p, *params)[1]
-        dp, *dparams = vjp(dgate.to(gate.dtype))
+        (dp,), dparams = excite_.gradient(excite, (p,), params, dgate.to(gate.dtype), ctx.needs_input_grad[7:])
         written = keeps_e(act, residual)
         through = act if not residual else "identity"
         dx = pool_scale_apply(
