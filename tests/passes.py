@@ -169,9 +169,9 @@ def _serve(library, requests):
     launches = []
     run = backend.run
 
-    def measured(self, args, infer, given):
+    def measured(self, args, infer, *given):
         before = cpp._count_read(), cpp._count_write()
-        outs = run(self, args, infer, given)
+        outs = run(self, args, infer, *given)
         x = args[0]
         units = [
             (now - then) / x.numel() for now, then in zip((cpp._count_read(), cpp._count_write()), before, strict=True)
