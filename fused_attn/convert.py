@@ -217,6 +217,8 @@ def refusal(module: nn.Module, rule: Rule) -> str | None:
         return why
     if "forward" in vars(module):
         return "has a forward of its own"
+    if (own := next((name for name in rule.sources if name in vars(module)), None)) is not None:
+        return f"has its own {own}"
     try:
         rule.plan(module)
     except Refused as why:

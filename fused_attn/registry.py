@@ -105,8 +105,8 @@ class Op:
                             raise autograd.no_second(self)
                         return self._launching.apply(args[count:], *args[:count])
             return backend.run(self, args, True, tensors)
-        except (AttributeError, IndexError):
-            self.check(*args)  # something that isn't a tensor stands where one is expected
+        except (AttributeError, IndexError, RuntimeError):
+            self.check(*args)  # something that isn't a tensor, or not a dense one, stands where one is expected
             raise
 
     def __repr__(self) -> str:
