@@ -95,7 +95,8 @@ class Plan:
         if weight is None or (place is attributes and "bias" not in place):
             raise Refused(f"{name} keeps no weight where one is expected")
         if not usual(weight):
-            raise Refused(f"{name}.weight is a {type(weight).__name__}")
+            sharded = ": call fuse_ before the model is sharded" if type(weight).__name__ == "DTensor" else ""
+            raise Refused(f"{name}.weight is a {type(weight).__name__}{sharded}")
         self.places += (place,)
         return place
 
@@ -187,8 +188,7 @@ def renew(module: nn.Module) -> Plan | None:
     return plan
 
 
-@functools.cache
-def equations(cls: type["Planned"]) -> tuple[str, ...]:
+def equations(cls: type[Any]) -> tuple[str, ...]:
     """Names of the methods, besides forward, that a plan of class `cls` runs instead of."""
     if issubclass(cls, Fused):
         return tuple(name for name in cls.rule.sources if name != "forward")
@@ -197,9 +197,9 @@ def equations(cls: type["Planned"]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(n for n in names if n[0] != "_" and n != "by_plan" and not hasattr(nn.Module, n)))
 
 
-def _author(cls: type["Planned"]) -> type["Planned"]:
+def _author(cls: type[Any]) -> type[Any]:
     """The class that says what a plan of `cls` computes."""
-    return cls.original if issubclass(cls, Fused) else next(c for c in cls.__mro__ if "_plan" in vars(c))  # type: ignore[return-value]
+    return cls.original if issubclass(cls, Fused) else next(c for c in cls.__mro__ if "_plan" in vars(c))
 
 
 def overridden(module: "Planned") -> str | None:
