@@ -3,8 +3,8 @@
     fused_attn: pool_mlp_scale on 8×256×56×56 float32: cpp (first choice on cpu)
     fused_attn: timm.layers.squeeze_excite.SEModule unfused: fc1 has hooks
 
-An op is told of again where backend, reason, dtype, the number of channels or of dimensions changed, or the size did by
-a factor of two or more: detectors change it with every image. A class is told of again for another reason.
+An op is told of again where backend, reason, dtype, channels, the number of dimensions or the size, to a power of two,
+are others: detectors change the size with every image. A class is told of again for another reason.
 The variable is read when the package is imported; where it isn't set, nothing here runs.
 """
 
@@ -37,7 +37,7 @@ def _ran(choice: backend.Choice) -> None:
     shape = choice.shape
     size = math.prod(shape[2:]).bit_length()
     on = f"{'×'.join(map(str, shape)) or 'a number'} {str(choice.dtype).removeprefix('torch.')}"
-    once = (choice.op, choice.backend, choice.reason, choice.dtype, len(shape), shape[1:2], size)
+    once = (choice.op, choice.backend, _wordy(choice.reason), choice.dtype, len(shape), shape[1:2], size)
     _tell(once, f"{choice.op} on {on}: {choice.backend} ({choice.reason})")
 
 
@@ -49,7 +49,12 @@ def _unfused(module: nn.Module, why: str) -> None:
 def refused(cls: str, why: str) -> None:
     """Tells that modules of a class run unfused, unless nothing is to be told."""
     if _unfused in plan.unfused_observers:
-        _tell((cls, re.sub(r"\d+", "", why)), f"{cls} unfused: {why}")
+        _tell((cls, _wordy(why)), f"{cls} unfused: {why}")
+
+
+def _wordy(reason: str) -> str:
+    """A reason without its numbers, shapes mostly: with others it is the same reason."""
+    return re.sub(r"\d+", "", reason)
 
 
 def _tell(once: Hashable, line: str) -> None:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-import fused_attn
 from fused_attn import EffectiveSE, SqueezeExcite, explain, fuse_, plan, unfuse_
 from fused_attn.blocks.squeeze_excite import ExcitePlan
-from tests.support import assert_same_step, redraw, relative, step
+from tests.support import assert_same_step, redraw, relative
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -90,15 +89,15 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def grad_cam(model: nn.Module, target: str) -> Tensor:
-    """The map of Selvaraju et al., arXiv:1610.02391: forward and backward hooks on a layer."""
-    layer, kept = model.get_submodule(target), {}
-    handles = [
-        layer.register_forward_hook(lambda m, i, o: kept.update(map=o)),
-        layer.register_full_backward_hook(lambda m, i, o: kept.update(gradient=o[0])),
-    ]
-    model(images())[:, 2].sum().backward()
-    for handle in handles:
-        handle.remove()
+    """The map of Selvaraju et al., arXiv:1610.02391: a hook on a layer keeps its output and the gradient of that."""
+    kept = {}
+
+    def hook(module: nn.Module, args: object, out: Tensor) -> None:
+        kept["map"] = out.detach().clone()
+        out.register_hook(lambda gradient: kept.update(gradient=gradient))
+
+    with model.get_submodule(target).register_forward_hook(hook):
+        model(images())[:, 2].sum().backward()
     model.zero_grad()
     return (kept["map"] * kept["gradient"].mean((2, 3), keepdim=True)).sum(1)
 
@@ -141,12 +140,13 @@ def test_hooks_that_change_what_a_skipped_child_gives(target: str, unfused: list
         layer = model.get_submodule(target)
         layer.register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
         layer.register_forward_hook(lambda m, args, out: out - 0.5)
-        layer.register_full_backward_hook(lambda m, grads, _: (grads[0] * 2,))
-    assert_same(ours, theirs)
+        if target != "body.se":  # whose output is added to in place, which autograd forbids after such a hook
+            layer.register_full_backward_hook(lambda m, grads, _: (grads[0] * 2,))
+    twin = copy.deepcopy(ours)  # hooks are copied, too
+    assert_same(ours, copy.deepcopy(theirs))
     assert sorted(set(ran_unfused(ours))) == unfused
-    for twin in (copy.deepcopy(ours), copy.deepcopy(copy.deepcopy(ours))):  # hooks are copied, too
-        assert_same(twin, theirs)
-        assert sorted(set(ran_unfused(twin))) == unfused
+    assert_same(twin, theirs)
+    assert sorted(set(ran_unfused(twin))) == unfused
 
 
 def test_hooks_of_parameters() -> None:
@@ -207,9 +207,11 @@ def test_timm_feature_hooks_within_a_block() -> None:
     results = []
     for fuse in (True, False):
         model = copy.deepcopy(backbone())
-        hooks = _features.FeatureHooks(names, dict(model.named_modules()))
+        hooks = _features.FeatureHooks(names, model.named_modules())
         if fuse:
-            assert len(fuse_(model).refused) == 4  # two parents; the third's gate and, with it, its parent
+            assert dict(fuse_(model).refused) == {
+                "layer1.0": "se has hooks", "layer2.1": "act2 has hooks", "layer3.0.se": "gate has hooks"
+            }  # fmt: skip
         x = torch.randn(2, 3, 32, 32, dtype=F64, generator=torch.Generator().manual_seed(0))
         model(x)
         results.append(hooks.get_output(x.device))
@@ -229,7 +231,6 @@ def test_torchvision_feature_extractor(nodes: list[str], training: bool) -> None
 
 
 # ---- reparametrisations and adapters
-
 
 
 REPARAMETRISATIONS: dict[str, tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]] = {
@@ -353,7 +354,7 @@ def test_frozen_parameters() -> None:
         model.requires_grad_(False)
         model.last.fc2.requires_grad_()
         model.body.se.fc1.bias.requires_grad_()
-    (y, grads), (want, expected) = trainable_step(ours), trainable_step(theirs)
+    (_, grads), (_, expected) = trainable_step(ours), trainable_step(theirs)
     assert list(grads) == list(expected) == ["body.se.fc1.bias", "last.fc2.weight", "last.fc2.bias"]
     assert all(relative(grads[name], g) < 1e-10 for name, g in expected.items())
     assert ran_unfused(ours) == []
@@ -433,7 +434,7 @@ def test_from_the_meta_device() -> None:
     by_copy.to_empty(device="cpu").load_state_dict(theirs.state_dict())
     by_assignment.load_state_dict(copy.deepcopy(theirs.state_dict()), assign=True)
     for ours in (by_copy, by_assignment):
-        assert_same(ours, theirs)
+        assert_same(ours, copy.deepcopy(theirs))
         assert ran_unfused(ours) == []
 
 
@@ -655,5 +656,5 @@ def test_fully_sharded_data_parallel(order: str, wrap: list[str], one_process: N
         # A gate that is sharded by itself must be called, for its hooks to gather its weights.
         assert ran_unfused(ours) == (["se has hooks"] if "body.se" in wrap else [])
         if wrap:
-            with pytest.raises(RuntimeError, match="body became a .*FSDPFusedBottleneck after it was fused"):
+            with pytest.raises(RuntimeError, match=r"body became a .*FSDPFusedBottleneck after it was fused"):
                 unfuse_(ours)
