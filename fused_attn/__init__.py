@@ -3,12 +3,13 @@
 import importlib
 from types import ModuleType
 
-from . import ops
+from . import log, ops
 from .backend import use_backend
 from .blocks import EffectiveSE, SqueezeExcite
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
+from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -24,7 +25,11 @@ __all__ = [
     "ops",
     "unfuse_",
     "use_backend",
+    "warmup",
 ]
+
+if log.enabled():
+    log.start()
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from . import log
 from .plan import KEY, RULES, Fused, Planned, Refused, Rule, fused_class, path, renew
 
 __all__ = ["Report", "Row", "fuse_", "unfuse_"]
@@ -117,6 +118,9 @@ def fuse_(
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     selected = _selection(model, only, skip, filter_fn)
     report, changes = _decide(model, selected)
+    for row in report.rows:
+        if row.reason is not None:
+            log.refused(row.cls, row.reason)
     if strict and (bad := [row for row in report.rows if row.reason is not None and row.kind == "gate"]):
         reasons = "\n".join(f"  {row.name or '(model)'}: {row.reason}" for row in bad)
         raise RuntimeError(f"strict: {len(bad)} modules can't be fused\n{reasons}")
@@ -217,6 +221,8 @@ def refusal(module: nn.Module, rule: Rule) -> str | None:
         return why
     if "forward" in vars(module):
         return "has a forward of its own"
+    if (own := next((name for name in rule.sources if name in vars(module)), None)) is not None:
+        return f"has its own {own}"
     try:
         rule.plan(module)
     except Refused as why:

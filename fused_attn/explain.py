@@ -4,7 +4,8 @@ For each fused module: its ops, each with the backend that ran it, why, and what
 For each module that `fuse_` would know but that isn't fused: why not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,14 +63,28 @@ def explain(module_or_model: Callable[..., Any], *inputs: Any, **kwargs: Any) ->
 
     Returns an Explanation to print. Raises what the call raises.
     """
+    kept = []
+    if isinstance(module_or_model, nn.Module):
+        kept = [(buffer, buffer.detach().clone()) for buffer in module_or_model.buffers()]
+    try:
+        with recording(module_or_model) as lines:
+            module_or_model(*inputs, **kwargs)
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+    return Explanation(lines + not_fused(module_or_model))
+
+
+@contextmanager
+def recording(root: Any) -> Iterator[list[Line]]:
+    """The list to which every op call inside the block is added, and every module of `root` that runs unfused."""
     lines: list[Line] = []
     running: list[str] = []  # the fused modules that are being called, outermost first
     names: dict[int, str] = {}
     handles: list[Any] = []
-    kept = []
-    if isinstance(module_or_model, nn.Module):
-        names = {id(module): name for name, module in module_or_model.named_modules()}
-        kept = [(buffer, buffer.detach().clone()) for buffer in module_or_model.buffers()]
+    if isinstance(root, nn.Module):
+        names = {id(module): name for name, module in root.named_modules()}
 
     def chose(choice: backend.Choice) -> None:
         module = running[-1] if running else ""
@@ -81,27 +96,27 @@ def explain(module_or_model: Callable[..., Any], *inputs: Any, **kwargs: Any) ->
             lines.append(line)
 
     try:
-        handles = _track(module_or_model, names, running)
+        handles = _track(root, names, running)
         plan.unfused_observers.append(ran_unfused)
         with backend.observe(chose):
-            module_or_model(*inputs, **kwargs)
+            yield lines
     finally:
         if ran_unfused in plan.unfused_observers:
             plan.unfused_observers.remove(ran_unfused)
         for handle in handles:
             handle.remove()
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
-    if isinstance(module_or_model, nn.Module):
-        lines += _not_fused(module_or_model)
-    return Explanation(lines)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether this module is what torch.compile returned, or was compiled in place."""
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in vars(module)["_modules"]
 
 
 def _track(root: Any, names: dict[int, str], running: list[str]) -> list[Any]:
     """Hooks that say which fused module is being called. Only on modules that no fused module skips: a hook on such a
     one would make its parent run unfused, and explain would tell of what it did itself."""
-    if not isinstance(root, nn.Module):
+    # Hooks on what is compiled would be compiled with it, and the next call would compile again.
+    if not isinstance(root, nn.Module) or any(_is_compiled(module) for module in root.modules()):
         return []
     planned = [module for module in root.modules() if isinstance(module, plan.Planned)]
     inside = {id(child) for module in planned for child in module.modules() if child is not module}
@@ -115,10 +130,10 @@ def _track(root: Any, names: dict[int, str], running: list[str]) -> list[Any]:
     return handles
 
 
-def _not_fused(model: nn.Module) -> list[Line]:
-    """The gates of known classes that aren't fused, each with its reason."""
+def not_fused(model: Any) -> list[Line]:
+    """The gates of known classes in a model that aren't fused, each with its reason."""
     lines = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         rule = known(type(module))
         if rule is None or rule.tail is not None or isinstance(module, plan.Planned):
             continue

@@ -95,7 +95,8 @@ class Plan:
         if weight is None or (place is attributes and "bias" not in place):
             raise Refused(f"{name} keeps no weight where one is expected")
         if not usual(weight):
-            raise Refused(f"{name}.weight is a {type(weight).__name__}")
+            sharded = ": call fuse_ before the model is sharded" if type(weight).__name__ == "DTensor" else ""
+            raise Refused(f"{name}.weight is a {type(weight).__name__}{sharded}")
         self.places += (place,)
         return place
 
@@ -176,12 +177,40 @@ def renew(module: nn.Module) -> Plan | None:
     if not isinstance(module, Planned):
         return None
     try:
+        if (why := overridden(module)) is not None:
+            raise Refused(why)
         plan: Plan = module._plan()
     except Refused as why:
         unfused(module, str(why))
         return None
+    plan.own += tuple((name, None) for name in equations(type(module)))
     attributes[KEY] = plan
     return plan
+
+
+def equations(cls: type[Any]) -> tuple[str, ...]:
+    """Names of the methods, besides forward, that a plan of class `cls` runs instead of."""
+    if issubclass(cls, Fused):
+        return tuple(name for name in cls.rule.sources if name != "forward")
+    made = _author(cls).__mro__
+    names = [name for base in made[: made.index(Planned)] for name, value in vars(base).items() if callable(value)]
+    return tuple(dict.fromkeys(n for n in names if n[0] != "_" and n != "by_plan" and not hasattr(nn.Module, n)))
+
+
+def _author(cls: type[Any]) -> type[Any]:
+    """The class that says what a plan of `cls` computes."""
+    return cls.original if issubclass(cls, Fused) else next(c for c in cls.__mro__ if "_plan" in vars(c))
+
+
+def overridden(module: "Planned") -> str | None:
+    """Which of these methods isn't the one that the plan was written for: a subclass has its own, or the module."""
+    cls, author = type(module), _author(type(module))
+    for name in equations(cls):
+        if name in vars(module):
+            return f"has its own {name}"
+        if getattr(cls, name) is not getattr(author, name):
+            return f"{cls.__qualname__} overrides {name} of {author.__qualname__}"
+    return None
 
 
 def unfused(module: nn.Module, why: str) -> None:
@@ -207,6 +236,14 @@ class Planned(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         renew(self)  # now, not on the first call, which may be traced
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks for first; its own complaint would be about a line of this file."""
+        raise RuntimeError(
+            f"torch.jit.script can't compile {path(type(self))}, which runs a fused op: "
+            + ("call fused_attn.unfuse_(model) first, or " if isinstance(self, Fused) else "")
+            + "use torch.jit.trace or torch.export, which can"
+        )
 
 
 class Fused(Planned):

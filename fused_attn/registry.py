@@ -108,8 +108,8 @@ class Op:
                             raise autograd.no_second(self)
                         return self._launching((args[self.count :], tensors, call), *args[: self.count])
             return backend.run(self, args, True, tensors, call)
-        except (AttributeError, IndexError):
-            self.check(*args)  # something that isn't a tensor stands where one is expected
+        except (AttributeError, IndexError, RuntimeError):
+            self.check(*args)  # something that isn't a tensor, or not a dense one, stands where one is expected
             raise
 
     def _watched(self, args: tuple[Any, ...]) -> Any:

@@ -66,10 +66,18 @@ class TailPlan(Plan):
         return drop is not None and drop["training"] and drop["drop_prob"] > 0
 
 
+def _extracting(x: Any) -> bool:
+    """Whether torchvision's or timm's feature extractor traces: its users may ask for the gate, the sum, the activation
+    by name, so each must be a node of its own."""
+    return not isinstance(x, Tensor) and any(
+        cls.__name__ == "NodePathTracer" for cls in type(getattr(x, "tracer", None)).__mro__
+    )
+
+
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a parent's forward becomes: the original's order up to the gate, one op for the rest."""
     plan: TailPlan | None = ready(self)  # type: ignore[assignment]
-    if plan is None:
+    if plan is None or (type(x) is not Tensor and _extracting(x)):
         return self.original.forward(self, x)
     tail, children = plan.tail, self._modules
     gate = ready(children[tail.gate])

@@ -14,11 +14,14 @@ def _shape(t: Tensor) -> tuple[int, ...]:
 
 
 def tensor(name: str, value: Any) -> None:
-    """A floating-point tensor."""
+    """A dense floating-point tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {value.dtype}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, of layout torch.strided; got {kind}")
 
 
 def feature_map(name: str, x: Any) -> None:
