@@ -177,7 +177,7 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
     modules = list(model.named_modules())
     gates: set[int] = set()  # modules that run, or will run, by a plan
     for name, module in modules:
-        rule = known(type(module))
+        rule = known(module)
         if isinstance(module, Planned):
             if rule is None or rule.tail is None:
                 gates.add(id(module))
@@ -190,7 +190,7 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
                 gates.add(id(module))
                 changes.append((module, rule))
     for name, module in modules:
-        rule = known(type(module))
+        rule = known(module)
         if isinstance(module, Planned) or rule is None or rule.tail is None:
             continue
         gate = vars(module)["_modules"].get(rule.tail.gate)
@@ -203,11 +203,11 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
     return Report([rows[i] for i in order if i in rows]), changes
 
 
-def known(cls: type) -> Rule | None:
-    """The rule for a class or for the nearest class it derives from."""
-    for base in cls.__mro__:
+def known(module: nn.Module) -> Rule | None:
+    """The rule for a module's class or for the nearest class it derives from; None where it has no gate."""
+    for base in type(module).__mro__:
         if (rule := RULES.get(path(base))) is not None:
-            return rule
+            return rule if rule.holds is None or rule.holds(module) else None
     return None
 
 

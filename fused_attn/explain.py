@@ -119,7 +119,7 @@ def _not_fused(model: nn.Module) -> list[Line]:
     """The gates of known classes that aren't fused, each with its reason."""
     lines = []
     for name, module in model.named_modules():
-        rule = known(type(module))
+        rule = known(module)
         if rule is None or rule.tail is not None or isinstance(module, plan.Planned):
             continue
         lines.append(Line(name, "", "unfused", refusal(module, rule) or "not converted: call fuse_"))
