@@ -6,7 +6,7 @@ a is 0, or 1 where a module adds its input to what it gates. Children are named 
 that a forward applies itself is `Given`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,8 +104,9 @@ class ExcitePlan(Plan):
         if offset and (self.norm or self.max_weight):
             raise Refused("a gate that the input is added to has a norm or a maximum, which no published form has")
 
-    def _inside(self, module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-        """The children by path. A container on the way may change neither its children nor its forward."""
+    def _inside(self, module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+        """The children by path, in the order in which they are called. A container on the way holds no others, and may
+        change neither them nor its forward."""
         found: dict[str, Any] = {}
         for name in names:
             within, *steps = name.split(".")
@@ -121,6 +122,9 @@ class ExcitePlan(Plan):
             if child is None:
                 continue
             if path(type(child)) == _SEQUENTIAL:
+                steps = [other[len(name) + 1 :].split(".")[0] for other in names if other.startswith(f"{name}.")]
+                if list(vars(child)["_modules"]) != list(dict.fromkeys(steps)):
+                    raise Refused(f"{name} is {child!r}, which holds another layer")
                 self.fixed += ((vars(child), "_modules", dict(vars(child)["_modules"])),)
             if any(child is other for other, _, _ in self.skipped):
                 continue
