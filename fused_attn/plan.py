@@ -290,6 +290,8 @@ def fused_class(rule: Rule, original: type[nn.Module]) -> type["Fused"]:
 
 
 RULES: dict[str, Rule] = {}
+# Who is asked about a class that no rule names: (class, module or None) -> Rule or None.
+READERS: list[Callable[[type, nn.Module | None], Rule | None]] = []
 
 
 def register(*rules: Rule) -> tuple[Rule, ...]:
@@ -298,10 +300,14 @@ def register(*rules: Rule) -> tuple[Rule, ...]:
     return rules
 
 
+def _read(cls: type) -> Rule | None:
+    return next((rule for reader in READERS if (rule := reader(cls, None)) is not None), None)
+
+
 def _restore(original: type[nn.Module], rule_path: str) -> nn.Module:
     """What a pickled or copied fused module starts from: the original class, where the rule doesn't hold here."""
     module: nn.Module = original.__new__(original)
-    rule = RULES.get(rule_path)
+    rule = RULES.get(rule_path) or _read(original)
     if rule is not None and rule.refuses(original) is None:
         module.__class__ = fused_class(rule, original)
     return module

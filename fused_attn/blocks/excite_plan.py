@@ -121,8 +121,8 @@ class ExcitePlan(Plan):
         for name, child in found.items():
             if child is None:
                 continue
-            if path(type(child)) == _SEQUENTIAL:
-                steps = [other[len(name) + 1 :].split(".")[0] for other in names if other.startswith(f"{name}.")]
+            steps = [other[len(name) + 1 :].split(".")[0] for other in names if other.startswith(f"{name}.")]
+            if steps:
                 if list(vars(child)["_modules"]) != list(dict.fromkeys(steps)):
                     raise Refused(f"{name} is {child!r}, which holds another layer")
                 self.fixed += ((vars(child), "_modules", dict(vars(child)["_modules"])),)
