@@ -140,6 +140,81 @@ GATES: dict[str, Callable[[], nn.Module]] = {
         for expand, stride, dynamic in ((1, 1, False), (4, 2, False), (4, 1, True))
     },
 }
+
+seresnet = Library("pytorchcv.models.seresnet")
+seresnext = Library("pytorchcv.models.seresnext")
+senet = Library("pytorchcv.models.senet")
+fastseresnet = Library("pytorchcv.models.fastseresnet")
+sepreresnet = Library("pytorchcv.models.sepreresnet")
+fpenet = Library("pytorchcv.models.fpenet")
+cgnet = Library("pytorchcv.models.cgnet")
+byobnet = Library("timm.models.byobnet")
+fastvit = Library("timm.models.fastvit")
+rexnet = Library("timm.models.rexnet")
+vovnet = Library("timm.models.vovnet")
+timm_se = Library("timm.layers.squeeze_excite")
+
+
+def byob(block: str, out: int, **options: object) -> nn.Module:
+    layers = byobnet.LayerFn(attn=timm_se.SEModule)
+    return getattr(byobnet, block)(C, out, layers=layers, **options)
+
+
+PARENTS: dict[str, Callable[[], nn.Module]] = {
+    **{
+        f"pytorchcv {name} {out} {bottleneck}": partial(
+            lambda m, name, *options: getattr(m, name)(*options),
+            m,
+            name,
+            C,
+            out,
+            1 if out == C else 2,
+            bottleneck,
+            False,
+            *more,
+        )
+        for m, name, more in (
+            (seresnet, "SEResUnit", ()),
+            (sepreresnet, "SEPreResUnit", ()),
+            (fastseresnet, "FastSEResUnit", (True,)),
+        )
+        for out, bottleneck in ((C, False), (32, True))
+    },
+    "pytorchcv SEResNeXtUnit": lambda: seresnext.SEResNeXtUnit(C, 64, 1, 4, 16),
+    "pytorchcv SENetUnit": lambda: senet.SENetUnit(C, 64, 2, 4, 16, True),
+    "pytorchcv SENetUnit 1x1": lambda: senet.SENetUnit(C, 64, 2, 4, 16, False),
+    "pytorchcv FPEUnit": lambda: fpenet.FPEUnit(C, 32, 1, 1, True),
+    "pytorchcv CGBlock": lambda: cgnet.CGBlock(C, C, 2, 4, False, nn.BatchNorm2d),
+    "pytorchcv CGBlock down": lambda: cgnet.CGBlock(C, 32, 2, 4, True, nn.BatchNorm2d),
+    **{f"MONAI SEBlock {d}-D": lambda d=d: monai.SEBlock(d, C, 8, 8, 32) for d in (1, 2, 3)},
+    "MONAI SEBlock silu": lambda: monai.SEBlock(2, C, 8, 8, C, acti_type_final="swish"),
+    "MONAI SEBlock no act": lambda: monai.SEBlock(2, C, 8, 8, C, acti_type_final=None),
+    "MONAI SEBottleneck": lambda: monai.SEBottleneck(2, C, C // 4, 1, 4),
+    "MONAI SEResNetBottleneck 3-D": lambda: monai.SEResNetBottleneck(3, C, C // 4, 1, 4),
+    "MONAI SEResNeXtBottleneck": lambda: monai.SEResNeXtBottleneck(2, C, 16, 4, 4),
+    "smp SEBottleneck": lambda: smp_senet.SEBottleneck(C, C // 4, 2, 4),
+    "smp SEResNetBottleneck": lambda: smp_senet.SEResNetBottleneck(C, C // 4, 1, 4),
+    "smp SEResNeXtBottleneck": lambda: smp_senet.SEResNeXtBottleneck(C, 16, 4, 4, downsample=nn.Conv2d(C, 64, 1)),
+    "smp MobileOneBlock": lambda: smp_mobileone.MobileOneBlock(C, C, 3, padding=1, use_se=True, num_conv_branches=2),
+    "smp MobileOneBlock stride": lambda: smp_mobileone.MobileOneBlock(C, 32, 3, 2, 1, use_se=True),
+    "timm byobnet basic": lambda: byob("BasicBlock", C),
+    "timm byobnet basic wider": lambda: byob("BasicBlock", 32, stride=2),
+    "timm byobnet bottle": lambda: byob("BottleneckBlock", C, attn_last=True),
+    "timm byobnet bottle linear": lambda: byob("BottleneckBlock", 32, attn_last=True, linear_out=True),
+    "timm byobnet repvgg": lambda: byob("RepVggBlock", C),
+    "timm byobnet repvgg stride": lambda: byob("RepVggBlock", 32, stride=2),
+    "timm byobnet mobileone": lambda: byob("MobileOneBlock", C, num_conv_branches=2),
+    "timm byobnet mobileone stride": lambda: byob("MobileOneBlock", 32, stride=2),
+    "timm fastvit MobileOneBlock": lambda: fastvit.MobileOneBlock(C, C, 3, use_se=True, act_layer=nn.GELU),
+    "timm fastvit MobileOneBlock stride": lambda: fastvit.MobileOneBlock(C, 2 * C, 3, 2, use_se=True),
+    "timm fastvit large kernel": lambda: fastvit.ReparamLargeKernelConv(
+        C, C, 7, 1, 1, small_kernel=3, use_se=True, act_layer=nn.GELU
+    ),
+    "timm rexnet": lambda: rexnet.LinearBottleneck(C, 32, 1, se_ratio=1 / 12),
+    "timm rexnet stride": lambda: rexnet.LinearBottleneck(C, 32, 2, exp_ratio=2, se_ratio=1 / 12, ch_div=4),
+    "timm vovnet": lambda: vovnet.OsaBlock(C, 16, C, 2, residual=True, attn="ese"),
+    "timm vovnet depthwise": lambda: vovnet.OsaBlock(C, 16, 32, 2, depthwise=True, attn="se"),
+}
 SHAPES = {1: (4, C, 11), 2: (4, C, 6, 5), 3: (4, C, 3, 4, 5)}
 
 
@@ -263,3 +338,62 @@ def test_a_block_without_a_gate_is_no_gate() -> None:
     for library in (efficientnet, smp_efficientnet):
         report = fuse_(mbconv(library, 4, 1, ratio=0.0))
         assert report.rows == []
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", PARENTS)
+def test_parents(name: str, training: bool) -> None:
+    original = make(PARENTS[name]).train(training)
+    module = copy.deepcopy(original)
+    report = fuse_(module)
+    assert report.fused[0] == ""
+    assert not report.refused
+    assert [row.kind for row in report.rows] == ["tail", "gate"]
+    x = feature_map(dims_of(name))
+    names = [n for n, _ in original.named_parameters()]
+    zero = [n for n in names if n.endswith(("conv.bias", "se.fc1.bias" if "rexnet" in name else "conv.bias"))]
+    assert_same_step(module, original, x, within=1e-6 if "vovnet" in name else 1e-10, zero=zero if training else ())
+    lines = explain(module, x).lines
+    assert [line.op for line in lines] == ["pool_mlp_scale"]
+    # The original, with its gate left out, gives another output.
+    gate = original.get_submodule(report.rows[1].name)
+    with torch.no_grad():
+        want = original(x)
+        with_hook = gate.register_forward_hook(lambda _, inputs, y: inputs[0])
+        assert relative(original(x), want) > 1e-3
+        with_hook.remove()
+
+
+@pytest.mark.parametrize("name", ["smp MobileOneBlock", "timm byobnet mobileone", "timm fastvit MobileOneBlock"])
+def test_a_parent_whose_branches_are_merged(name: str) -> None:
+    """As for inference: after it was fused, and before."""
+    for before in (True, False):
+        original = make(PARENTS[name]).eval()
+        module = copy.deepcopy(original)
+        if before:
+            fuse_(module)
+        module.reparameterize()
+        if not before:
+            fuse_(module)
+        assert relative(module(feature_map()), original(feature_map())) < 1e-10
+        assert [line.op for line in explain(module, feature_map()).lines] == ["pool_mlp_scale"]
+
+
+def test_a_flag_that_leaves_the_gate_out_is_seen() -> None:
+    for name in ("pytorchcv FastSEResUnit 24 False", "pytorchcv FPEUnit"):
+        module, original = (make(PARENTS[name]).eval() for _ in range(2))
+        fuse_(module)
+        module(feature_map())
+        for m in (module, original):
+            m.use_se = False
+        assert torch.equal(module(feature_map()), original(feature_map()))
+
+
+def test_byobnet_drop_path_stands_between() -> None:
+    original = make(lambda: byob("BasicBlock", C, drop_path_rate=0.5))
+    module = copy.deepcopy(original)
+    fuse_(module)
+    torch.manual_seed(3)
+    y = module(feature_map())
+    torch.manual_seed(3)
+    assert relative(y, original(feature_map())) < 1e-12
