@@ -147,6 +147,7 @@ senet = Library("pytorchcv.models.senet")
 fastseresnet = Library("pytorchcv.models.fastseresnet")
 sepreresnet = Library("pytorchcv.models.sepreresnet")
 fpenet = Library("pytorchcv.models.fpenet")
+cv_norm = Library("pytorchcv.models.common.norm")
 cgnet = Library("pytorchcv.models.cgnet")
 byobnet = Library("timm.models.byobnet")
 fastvit = Library("timm.models.fastvit")
@@ -184,8 +185,8 @@ PARENTS: dict[str, Callable[[], nn.Module]] = {
     "pytorchcv SENetUnit": lambda: senet.SENetUnit(C, 64, 2, 4, 16, True),
     "pytorchcv SENetUnit 1x1": lambda: senet.SENetUnit(C, 64, 2, 4, 16, False),
     "pytorchcv FPEUnit": lambda: fpenet.FPEUnit(C, 32, 1, 1, True),
-    "pytorchcv CGBlock": lambda: cgnet.CGBlock(C, C, 2, 4, False, nn.BatchNorm2d),
-    "pytorchcv CGBlock down": lambda: cgnet.CGBlock(C, 32, 2, 4, True, nn.BatchNorm2d),
+    "pytorchcv CGBlock": lambda: cgnet.CGBlock(C, C, 2, 4, False, cv_norm.lambda_batchnorm2d()),
+    "pytorchcv CGBlock down": lambda: cgnet.CGBlock(C, 32, 2, 4, True, cv_norm.lambda_batchnorm2d()),
     **{f"MONAI SEBlock {d}-D": lambda d=d: monai.SEBlock(d, C, 8, 8, 32) for d in (1, 2, 3)},
     "MONAI SEBlock silu": lambda: monai.SEBlock(2, C, 8, 8, C, acti_type_final="swish"),
     "MONAI SEBlock no act": lambda: monai.SEBlock(2, C, 8, 8, C, acti_type_final=None),
