@@ -1,6 +1,6 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
-from . import tails  # noqa: F401  (registers its rules)
+from . import se_source, tails  # noqa: F401  (they register rules)
 from .squeeze_excite import EffectiveSE, SqueezeExcite
 
 __all__ = ["EffectiveSE", "SqueezeExcite"]
