@@ -57,6 +57,59 @@ inline constexpr const char* channel_pool_bwd_spelled_schema =
     "channel_pool_bwd_spelled(Tensor[] tensors, int mask, str pool, str ties) -> Tensor";
 inline constexpr const char* channel_pool_bwd_options_schema = "channel_pool_bwd_options(int mask, str pool, str ties) -> int";
 
+struct map_scale_options {
+  int64_t mask;
+  std::string norm;
+  double eps;
+  double correction;
+};
+inline int64_t map_scale_register(int64_t mask, const std::string& norm, double eps, double correction) {
+  return Table<map_scale_options>::add({mask, norm, eps, correction});
+}
+std::tuple<Tensor, Tensor> map_scale_cpu(const Tensor& x, const Tensor& z, const std::string& norm, double eps, double correction);
+inline std::tuple<Tensor, Tensor> map_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const map_scale_options& o = Table<map_scale_options>::at(options);
+  return map_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), o.norm, o.eps, o.correction);
+}
+inline constexpr const char* map_scale_schema =
+    "map_scale(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor map_scale_infer_cpu(const Tensor& x, const Tensor& z, const std::string& norm, double eps, double correction);
+inline Tensor map_scale_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const map_scale_options& o = Table<map_scale_options>::at(options);
+  return map_scale_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), o.norm, o.eps, o.correction);
+}
+inline constexpr const char* map_scale_infer_schema =
+    "map_scale_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> map_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& norm, double eps, double correction) {
+  return map_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), norm, eps, correction);
+}
+inline constexpr const char* map_scale_spelled_schema =
+    "map_scale_spelled(Tensor[] tensors, int mask, str norm, float eps, float correction) -> (Tensor, Tensor)";
+inline constexpr const char* map_scale_options_schema = "map_scale_options(int mask, str norm, float eps, float correction) -> int";
+
+struct map_scale_bwd_options {
+  int64_t mask;
+  std::string norm;
+  double eps;
+  double correction;
+};
+inline int64_t map_scale_bwd_register(int64_t mask, const std::string& norm, double eps, double correction) {
+  return Table<map_scale_bwd_options>::add({mask, norm, eps, correction});
+}
+std::tuple<Tensor, Tensor> map_scale_bwd_cpu(const Tensor& x, const Tensor& z, const Tensor& stats, const Tensor& dy, const std::string& norm, double eps, double correction);
+inline std::tuple<Tensor, Tensor> map_scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const map_scale_bwd_options& o = Table<map_scale_bwd_options>::at(options);
+  return map_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.norm, o.eps, o.correction);
+}
+inline constexpr const char* map_scale_bwd_schema =
+    "map_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> map_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& norm, double eps, double correction) {
+  return map_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), norm, eps, correction);
+}
+inline constexpr const char* map_scale_bwd_spelled_schema =
+    "map_scale_bwd_spelled(Tensor[] tensors, int mask, str norm, float eps, float correction) -> (Tensor, Tensor)";
+inline constexpr const char* map_scale_bwd_options_schema = "map_scale_bwd_options(int mask, str norm, float eps, float correction) -> int";
+
 struct scale_options {
   int64_t mask;
   std::string act;

@@ -1,6 +1,7 @@
 """The hot paths. Each public name is an `Op`: call it like a function."""
 
 from .channel_pool import channel_pool
+from .map_scale import map_scale
 from .pool_mlp_scale import pool_mlp_scale
 from .pool_scale import pool_scale
 from .pool_soft_threshold import pool_soft_threshold
@@ -10,6 +11,7 @@ from .soft_threshold import soft_threshold
 
 __all__ = [
     "channel_pool",
+    "map_scale",
     "pool_mlp_scale",
     "pool_scale",
     "pool_soft_threshold",
