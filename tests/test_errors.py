@@ -12,7 +12,13 @@ from fused_attn import OPS, ops, testing, use_backend
 
 BACKENDS = testing.candidates()
 FORMULAS = [op for op in OPS.values() if op.formula is not None]
-NEEDED = {"scale": ("gate",), "soft_threshold": ("tau",), "map_scale": ("z",), "shared_mlp": ("w1",), "pool_mlp_scale": ("w1",)}
+NEEDED = {
+    "scale": ("gate",),
+    "soft_threshold": ("tau",),
+    "map_scale": ("z",),
+    "shared_mlp": ("w1",),
+    "pool_mlp_scale": ("w1",),
+}
 
 
 def good(op, **changes):

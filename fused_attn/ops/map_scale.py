@@ -129,9 +129,7 @@ def map_scale(
     return like(x, ((1 + f) * x.to(acc)).to(x.dtype)), stats
 
 
-def _check_bwd(
-    x: Tensor, z: Tensor, stats: Tensor, dy: Tensor, norm: str, eps: float, correction: float
-) -> None:
+def _check_bwd(x: Tensor, z: Tensor, stats: Tensor, dy: Tensor, norm: str, eps: float, correction: float) -> None:
     _check(x, z, norm, eps, correction)
     checks.like("dy", dy, "x", x)
     if norm == "channels":
