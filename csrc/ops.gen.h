@@ -57,6 +57,59 @@ inline constexpr const char* channel_pool_bwd_spelled_schema =
     "channel_pool_bwd_spelled(Tensor[] tensors, int mask, str pool, str ties) -> Tensor";
 inline constexpr const char* channel_pool_bwd_options_schema = "channel_pool_bwd_options(int mask, str pool, str ties) -> int";
 
+struct map_scale_options {
+  int64_t mask;
+  std::string norm;
+  double eps;
+  double correction;
+};
+inline int64_t map_scale_register(int64_t mask, const std::string& norm, double eps, double correction) {
+  return Table<map_scale_options>::add({mask, norm, eps, correction});
+}
+std::tuple<Tensor, Tensor> map_scale_cpu(const Tensor& x, const Tensor& z, const std::string& norm, double eps, double correction);
+inline std::tuple<Tensor, Tensor> map_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const map_scale_options& o = Table<map_scale_options>::at(options);
+  return map_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), o.norm, o.eps, o.correction);
+}
+inline constexpr const char* map_scale_schema =
+    "map_scale(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor map_scale_infer_cpu(const Tensor& x, const Tensor& z, const std::string& norm, double eps, double correction);
+inline Tensor map_scale_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const map_scale_options& o = Table<map_scale_options>::at(options);
+  return map_scale_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), o.norm, o.eps, o.correction);
+}
+inline constexpr const char* map_scale_infer_schema =
+    "map_scale_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> map_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& norm, double eps, double correction) {
+  return map_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), norm, eps, correction);
+}
+inline constexpr const char* map_scale_spelled_schema =
+    "map_scale_spelled(Tensor[] tensors, int mask, str norm, float eps, float correction) -> (Tensor, Tensor)";
+inline constexpr const char* map_scale_options_schema = "map_scale_options(int mask, str norm, float eps, float correction) -> int";
+
+struct map_scale_bwd_options {
+  int64_t mask;
+  std::string norm;
+  double eps;
+  double correction;
+};
+inline int64_t map_scale_bwd_register(int64_t mask, const std::string& norm, double eps, double correction) {
+  return Table<map_scale_bwd_options>::add({mask, norm, eps, correction});
+}
+std::tuple<Tensor, Tensor> map_scale_bwd_cpu(const Tensor& x, const Tensor& z, const Tensor& stats, const Tensor& dy, const std::string& norm, double eps, double correction);
+inline std::tuple<Tensor, Tensor> map_scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const map_scale_bwd_options& o = Table<map_scale_bwd_options>::at(options);
+  return map_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.norm, o.eps, o.correction);
+}
+inline constexpr const char* map_scale_bwd_schema =
+    "map_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> map_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& norm, double eps, double correction) {
+  return map_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), norm, eps, correction);
+}
+inline constexpr const char* map_scale_bwd_spelled_schema =
+    "map_scale_bwd_spelled(Tensor[] tensors, int mask, str norm, float eps, float correction) -> (Tensor, Tensor)";
+inline constexpr const char* map_scale_bwd_options_schema = "map_scale_bwd_options(int mask, str norm, float eps, float correction) -> int";
+
 struct scale_options {
   int64_t mask;
   std::string act;
@@ -273,6 +326,87 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 inline constexpr const char* pool_mlp_scale_bwd_spelled_schema =
     "pool_mlp_scale_bwd_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope, bool residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* pool_mlp_scale_bwd_options_schema = "pool_mlp_scale_bwd_options(int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope, bool residual) -> int";
+
+struct soft_threshold_options {
+  int64_t mask;
+};
+inline int64_t soft_threshold_register(int64_t mask) {
+  return Table<soft_threshold_options>::add({mask});
+}
+Tensor soft_threshold_cpu(const Tensor& x, const Tensor& tau, const std::optional<Tensor>& residual);
+inline Tensor soft_threshold_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const soft_threshold_options& o = Table<soft_threshold_options>::at(options);
+  return soft_threshold_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2));
+}
+inline constexpr const char* soft_threshold_schema =
+    "soft_threshold(Tensor[] tensors, int options) -> Tensor";
+inline Tensor soft_threshold_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
+  return soft_threshold_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2));
+}
+inline constexpr const char* soft_threshold_spelled_schema =
+    "soft_threshold_spelled(Tensor[] tensors, int mask) -> Tensor";
+inline constexpr const char* soft_threshold_options_schema = "soft_threshold_options(int mask) -> int";
+
+struct soft_threshold_bwd_options {
+  int64_t mask;
+};
+inline int64_t soft_threshold_bwd_register(int64_t mask) {
+  return Table<soft_threshold_bwd_options>::add({mask});
+}
+std::tuple<Tensor, Tensor> soft_threshold_bwd_cpu(const Tensor& x, const Tensor& tau, const Tensor& dy);
+inline std::tuple<Tensor, Tensor> soft_threshold_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const soft_threshold_bwd_options& o = Table<soft_threshold_bwd_options>::at(options);
+  return soft_threshold_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2));
+}
+inline constexpr const char* soft_threshold_bwd_schema =
+    "soft_threshold_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> soft_threshold_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
+  return soft_threshold_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2));
+}
+inline constexpr const char* soft_threshold_bwd_spelled_schema =
+    "soft_threshold_bwd_spelled(Tensor[] tensors, int mask) -> (Tensor, Tensor)";
+inline constexpr const char* soft_threshold_bwd_options_schema = "soft_threshold_bwd_options(int mask) -> int";
+
+struct pool_soft_threshold_reduce_options {
+  int64_t mask;
+};
+inline int64_t pool_soft_threshold_reduce_register(int64_t mask) {
+  return Table<pool_soft_threshold_reduce_options>::add({mask});
+}
+Tensor pool_soft_threshold_reduce_cpu(const Tensor& x, const Tensor& tau, const Tensor& dy);
+inline Tensor pool_soft_threshold_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_soft_threshold_reduce_options& o = Table<pool_soft_threshold_reduce_options>::at(options);
+  return pool_soft_threshold_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2));
+}
+inline constexpr const char* pool_soft_threshold_reduce_schema =
+    "pool_soft_threshold_reduce(Tensor[] tensors, int options) -> Tensor";
+inline Tensor pool_soft_threshold_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
+  return pool_soft_threshold_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2));
+}
+inline constexpr const char* pool_soft_threshold_reduce_spelled_schema =
+    "pool_soft_threshold_reduce_spelled(Tensor[] tensors, int mask) -> Tensor";
+inline constexpr const char* pool_soft_threshold_reduce_options_schema = "pool_soft_threshold_reduce_options(int mask) -> int";
+
+struct pool_soft_threshold_apply_options {
+  int64_t mask;
+  std::string pool;
+};
+inline int64_t pool_soft_threshold_apply_register(int64_t mask, const std::string& pool) {
+  return Table<pool_soft_threshold_apply_options>::add({mask, pool});
+}
+Tensor pool_soft_threshold_apply_cpu(const Tensor& x, const Tensor& tau, const Tensor& dy, const Tensor& dpooled, const std::string& pool);
+inline Tensor pool_soft_threshold_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_soft_threshold_apply_options& o = Table<pool_soft_threshold_apply_options>::at(options);
+  return pool_soft_threshold_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.pool);
+}
+inline constexpr const char* pool_soft_threshold_apply_schema =
+    "pool_soft_threshold_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor pool_soft_threshold_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool) {
+  return pool_soft_threshold_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), pool);
+}
+inline constexpr const char* pool_soft_threshold_apply_spelled_schema =
+    "pool_soft_threshold_apply_spelled(Tensor[] tensors, int mask, str pool) -> Tensor";
+inline constexpr const char* pool_soft_threshold_apply_options_schema = "pool_soft_threshold_apply_options(int mask, str pool) -> int";
 
 }  // namespace fa
 // clang-format on

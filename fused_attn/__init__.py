@@ -5,7 +5,7 @@ from types import ModuleType
 
 from . import log, ops
 from .backend import use_backend
-from .blocks import EffectiveSE, SqueezeExcite
+from .blocks import EffectiveSE, Shrinkage, SqueezeExcite
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
@@ -18,6 +18,7 @@ __all__ = [
     "OPS",
     "EffectiveSE",
     "Report",
+    "Shrinkage",
     "SqueezeExcite",
     "__version__",
     "explain",

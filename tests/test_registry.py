@@ -111,6 +111,7 @@ def test_backwards_are_reached(launches):
                 testing.answer(op, testing.draw(case, op))
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     ops.pool_scale(x, torch.sigmoid, pool="max", ties="first").sum().backward()
+    ops.pool_soft_threshold(x, torch.sigmoid).sum().backward()
     assert set(OPS) == {op.name for op, _ in launches}
 
 

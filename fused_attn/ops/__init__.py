@@ -1,9 +1,21 @@
 """The hot paths. Each public name is an `Op`: call it like a function."""
 
 from .channel_pool import channel_pool
+from .map_scale import map_scale
 from .pool_mlp_scale import pool_mlp_scale
 from .pool_scale import pool_scale
+from .pool_soft_threshold import pool_soft_threshold
 from .scale import scale
 from .shared_mlp import shared_mlp
+from .soft_threshold import soft_threshold
 
-__all__ = ["channel_pool", "pool_mlp_scale", "pool_scale", "scale", "shared_mlp"]
+__all__ = [
+    "channel_pool",
+    "map_scale",
+    "pool_mlp_scale",
+    "pool_scale",
+    "pool_soft_threshold",
+    "scale",
+    "shared_mlp",
+    "soft_threshold",
+]
