@@ -5,7 +5,7 @@ from types import ModuleType
 
 from . import ops
 from .backend import use_backend
-from .blocks import EffectiveSE, SqueezeExcite
+from .blocks import EffectiveSE, PyramidSqueezeAttention, SelectiveKernel, SplitAttention, SqueezeExcite
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
@@ -16,7 +16,10 @@ __all__ = [
     "BLOCKS",
     "OPS",
     "EffectiveSE",
+    "PyramidSqueezeAttention",
     "Report",
+    "SelectiveKernel",
+    "SplitAttention",
     "SqueezeExcite",
     "__version__",
     "explain",

@@ -1,6 +1,9 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
 from . import tails  # noqa: F401  (registers its rules)
+from .pyramid_squeeze import PyramidSqueezeAttention
+from .selective_kernel import SelectiveKernel
+from .split_attention import SplitAttention
 from .squeeze_excite import EffectiveSE, SqueezeExcite
 
-__all__ = ["EffectiveSE", "SqueezeExcite"]
+__all__ = ["EffectiveSE", "PyramidSqueezeAttention", "SelectiveKernel", "SplitAttention", "SqueezeExcite"]

@@ -136,7 +136,7 @@ def branch_softmax(
     if not isinstance(cast(Any, x), torch.fx.Proxy):
         if len(maps) > 1 and splits != 1:
             raise ValueError(f"splits must be 1 where branches are given one by one; got {splits}")
-        branches.check(x, more, max(len(maps), splits), "splits")
+        branches.check(x, more, len(maps) if len(maps) > 1 else splits, "splits")
         checks.one_of("merge", merge, branches.MERGES)
     count = max(len(maps), splits)
     channels = x.shape[1] // splits
