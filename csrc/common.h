@@ -98,6 +98,10 @@ std::vector<Map> maps_of(std::initializer_list<const Tensor*> tensors);
 
 // An uninitialised tensor like x: its shape, dtype and strides (dense ones where x has gaps).
 Tensor new_like(const Tensor& x);
+// An uninitialised tensor of any shape and strides on the CPU.
+Tensor new_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype);
+// Whether x can be walked as planes.
+bool walks_planes(const Tensor& x);
 // A dense tensor of another shape on the CPU.
 Tensor new_dense(std::initializer_list<int64_t> shape, ScalarType dtype);
 

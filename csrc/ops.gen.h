@@ -57,6 +57,112 @@ inline constexpr const char* channel_pool_bwd_spelled_schema =
     "channel_pool_bwd_spelled(Tensor[] tensors, int mask, str pool, str ties) -> Tensor";
 inline constexpr const char* channel_pool_bwd_options_schema = "channel_pool_bwd_options(int mask, str pool, str ties) -> int";
 
+struct branch_pool_options {
+  int64_t mask;
+  int64_t splits;
+  bool each;
+};
+inline int64_t branch_pool_register(int64_t mask, int64_t splits, bool each) {
+  return Table<branch_pool_options>::add({mask, splits, each});
+}
+Tensor branch_pool_cpu(const Tensor& x, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, int64_t splits, bool each);
+inline Tensor branch_pool_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_pool_options& o = Table<branch_pool_options>::at(options);
+  return branch_pool_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), o.splits, o.each);
+}
+inline constexpr const char* branch_pool_schema =
+    "branch_pool(Tensor[] tensors, int options) -> Tensor";
+inline Tensor branch_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t splits, bool each) {
+  return branch_pool_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), splits, each);
+}
+inline constexpr const char* branch_pool_spelled_schema =
+    "branch_pool_spelled(Tensor[] tensors, int mask, int splits, bool each) -> Tensor";
+inline constexpr const char* branch_pool_options_schema = "branch_pool_options(int mask, int splits, bool each) -> int";
+
+struct branch_scale_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t branch_scale_register(int64_t mask, const std::string& merge) {
+  return Table<branch_scale_options>::add({mask, merge});
+}
+Tensor branch_scale_cpu(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge);
+inline Tensor branch_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_scale_options& o = Table<branch_scale_options>::at(options);
+  return branch_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), o.merge);
+}
+inline constexpr const char* branch_scale_schema =
+    "branch_scale(Tensor[] tensors, int options) -> Tensor";
+inline Tensor branch_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return branch_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), merge);
+}
+inline constexpr const char* branch_scale_spelled_schema =
+    "branch_scale_spelled(Tensor[] tensors, int mask, str merge) -> Tensor";
+inline constexpr const char* branch_scale_options_schema = "branch_scale_options(int mask, str merge) -> int";
+
+struct branch_scale_bwd_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t branch_scale_bwd_register(int64_t mask, const std::string& merge) {
+  return Table<branch_scale_bwd_options>::add({mask, merge});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_bwd_cpu(const Tensor& x, const Tensor& gate, const Tensor& dy, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_scale_bwd_options& o = Table<branch_scale_bwd_options>::at(options);
+  return branch_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), o.merge);
+}
+inline constexpr const char* branch_scale_bwd_schema =
+    "branch_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return branch_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), merge);
+}
+inline constexpr const char* branch_scale_bwd_spelled_schema =
+    "branch_scale_bwd_spelled(Tensor[] tensors, int mask, str merge) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* branch_scale_bwd_options_schema = "branch_scale_bwd_options(int mask, str merge) -> int";
+
+struct branch_scale_reduce_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t branch_scale_reduce_register(int64_t mask, const std::string& merge) {
+  return Table<branch_scale_reduce_options>::add({mask, merge});
+}
+Tensor branch_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge);
+inline Tensor branch_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_scale_reduce_options& o = Table<branch_scale_reduce_options>::at(options);
+  return branch_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), o.merge);
+}
+inline constexpr const char* branch_scale_reduce_schema =
+    "branch_scale_reduce(Tensor[] tensors, int options) -> Tensor";
+inline Tensor branch_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return branch_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), merge);
+}
+inline constexpr const char* branch_scale_reduce_spelled_schema =
+    "branch_scale_reduce_spelled(Tensor[] tensors, int mask, str merge) -> Tensor";
+inline constexpr const char* branch_scale_reduce_options_schema = "branch_scale_reduce_options(int mask, str merge) -> int";
+
+struct branch_scale_apply_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t branch_scale_apply_register(int64_t mask, const std::string& merge) {
+  return Table<branch_scale_apply_options>::add({mask, merge});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_apply_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const Tensor& dpooled, const std::string& merge);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_scale_apply_options& o = Table<branch_scale_apply_options>::at(options);
+  return branch_scale_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.merge);
+}
+inline constexpr const char* branch_scale_apply_schema =
+    "branch_scale_apply(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return branch_scale_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), merge);
+}
+inline constexpr const char* branch_scale_apply_spelled_schema =
+    "branch_scale_apply_spelled(Tensor[] tensors, int mask, str merge) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* branch_scale_apply_options_schema = "branch_scale_apply_options(int mask, str merge) -> int";
+
 struct map_scale_options {
   int64_t mask;
   std::string norm;

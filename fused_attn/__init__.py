@@ -5,7 +5,7 @@ from types import ModuleType
 
 from . import log, ops
 from .backend import use_backend
-from .blocks import EffectiveSE, Shrinkage, SqueezeExcite
+from .blocks import EffectiveSE, PyramidSqueezeAttention, SelectiveKernel, Shrinkage, SplitAttention, SqueezeExcite
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
@@ -17,8 +17,11 @@ __all__ = [
     "BLOCKS",
     "OPS",
     "EffectiveSE",
+    "PyramidSqueezeAttention",
     "Report",
+    "SelectiveKernel",
     "Shrinkage",
+    "SplitAttention",
     "SqueezeExcite",
     "__version__",
     "explain",

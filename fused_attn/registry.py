@@ -61,7 +61,7 @@ class Op:
         public: Callable[..., Any] | None,
         alone: Callable[..., bool] | None,
         maps: Sequence[str],
-        budget: Callable[..., tuple[int, int]] | None,
+        budget: Callable[..., tuple[float, float]] | None,
         reduces: Callable[..., int],
         cases: Sequence[Case],
     ) -> None:
@@ -163,7 +163,7 @@ def op(
     public: Callable[..., Any] | None = None,
     alone: Callable[..., bool] | None = None,
     maps: Sequence[str] = ("x",),
-    budget: Callable[..., tuple[int, int]] | None = None,
+    budget: Callable[..., tuple[float, float]] | None = None,
     reduces: Callable[..., int] = lambda *args: 1,
     cases: Sequence[Case] = (),
 ) -> Callable[[Callable[..., Any]], Op]:

@@ -125,6 +125,12 @@ Tensor new_dense(std::initializer_list<int64_t> shape, ScalarType dtype) {
   return empty_strided(shape.begin(), strides, dim, dtype);
 }
 
+Tensor new_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
+  return empty_strided(shape.data(), strides.data(), int64_t(shape.size()), dtype);
+}
+
+bool walks_planes(const Tensor& x) { return map_as(x, false).has_value(); }
+
 Tensor new_like(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   bool dense = x.is_contiguous();

@@ -1,7 +1,17 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
 from . import se_source, tails  # noqa: F401  (they register rules)
+from .pyramid_squeeze import PyramidSqueezeAttention
+from .selective_kernel import SelectiveKernel
 from .shrinkage import Shrinkage
+from .split_attention import SplitAttention
 from .squeeze_excite import EffectiveSE, SqueezeExcite
 
-__all__ = ["EffectiveSE", "Shrinkage", "SqueezeExcite"]
+__all__ = [
+    "EffectiveSE",
+    "PyramidSqueezeAttention",
+    "SelectiveKernel",
+    "Shrinkage",
+    "SplitAttention",
+    "SqueezeExcite",
+]

@@ -1,5 +1,8 @@
 """The hot paths. Each public name is an `Op`: call it like a function."""
 
+from .branch_pool import branch_pool
+from .branch_scale import branch_scale
+from .branch_softmax import branch_softmax
 from .channel_pool import channel_pool
 from .map_scale import map_scale
 from .pool_mlp_scale import pool_mlp_scale
@@ -10,6 +13,9 @@ from .shared_mlp import shared_mlp
 from .soft_threshold import soft_threshold
 
 __all__ = [
+    "branch_pool",
+    "branch_scale",
+    "branch_softmax",
     "channel_pool",
     "map_scale",
     "pool_mlp_scale",
