@@ -5,7 +5,7 @@ from types import ModuleType
 
 from . import ops
 from .backend import use_backend
-from .blocks import EffectiveSE, SqueezeExcite
+from .blocks import ECA, EffectiveSE, SqueezeExcite
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BLOCKS",
+    "ECA",
     "OPS",
     "EffectiveSE",
     "Report",
