@@ -367,6 +367,173 @@ inline constexpr const char* shared_mlp_bwd_spelled_schema =
     "shared_mlp_bwd_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, str norm, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* shared_mlp_bwd_options_schema = "shared_mlp_bwd_options(int mask, str act, str gate, float slope, str norm, float eps) -> int";
 
+struct plane_gate_shuffle_options {
+  int64_t mask;
+  double eps;
+  std::string act;
+  double slope;
+};
+inline int64_t plane_gate_shuffle_register(int64_t mask, double eps, const std::string& act, double slope) {
+  return Table<plane_gate_shuffle_options>::add({mask, eps, act, slope});
+}
+std::tuple<Tensor, Tensor> plane_gate_shuffle_cpu(const Tensor& x, const Tensor& cweight, const Tensor& cbias, const Tensor& sweight, const Tensor& sbias, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& residual, double eps, const std::string& act, double slope);
+inline std::tuple<Tensor, Tensor> plane_gate_shuffle_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const plane_gate_shuffle_options& o = Table<plane_gate_shuffle_options>::at(options);
+  return plane_gate_shuffle_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), o.eps, o.act, o.slope);
+}
+inline constexpr const char* plane_gate_shuffle_schema =
+    "plane_gate_shuffle(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor plane_gate_shuffle_infer_cpu(const Tensor& x, const Tensor& cweight, const Tensor& cbias, const Tensor& sweight, const Tensor& sbias, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& residual, double eps, const std::string& act, double slope);
+inline Tensor plane_gate_shuffle_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const plane_gate_shuffle_options& o = Table<plane_gate_shuffle_options>::at(options);
+  return plane_gate_shuffle_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), o.eps, o.act, o.slope);
+}
+inline constexpr const char* plane_gate_shuffle_infer_schema =
+    "plane_gate_shuffle_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> plane_gate_shuffle_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, double eps, const std::string& act, double slope) {
+  return plane_gate_shuffle_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), eps, act, slope);
+}
+inline constexpr const char* plane_gate_shuffle_spelled_schema =
+    "plane_gate_shuffle_spelled(Tensor[] tensors, int mask, float eps, str act, float slope) -> (Tensor, Tensor)";
+inline constexpr const char* plane_gate_shuffle_options_schema = "plane_gate_shuffle_options(int mask, float eps, str act, float slope) -> int";
+
+struct plane_gate_shuffle_bwd_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  bool residual;
+};
+inline int64_t plane_gate_shuffle_bwd_register(int64_t mask, const std::string& act, double slope, bool residual) {
+  return Table<plane_gate_shuffle_bwd_options>::add({mask, act, slope, residual});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plane_gate_shuffle_bwd_cpu(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& aux, const Tensor& stats, const Tensor& cweight, const Tensor& cbias, const Tensor& sweight, const Tensor& sbias, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::string& act, double slope, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plane_gate_shuffle_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const plane_gate_shuffle_bwd_options& o = Table<plane_gate_shuffle_bwd_options>::at(options);
+  return plane_gate_shuffle_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), required(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), o.act, o.slope, o.residual);
+}
+inline constexpr const char* plane_gate_shuffle_bwd_schema =
+    "plane_gate_shuffle_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plane_gate_shuffle_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, bool residual) {
+  return plane_gate_shuffle_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), required(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), act, slope, residual);
+}
+inline constexpr const char* plane_gate_shuffle_bwd_spelled_schema =
+    "plane_gate_shuffle_bwd_spelled(Tensor[] tensors, int mask, str act, float slope, bool residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* plane_gate_shuffle_bwd_options_schema = "plane_gate_shuffle_bwd_options(int mask, str act, float slope, bool residual) -> int";
+
+struct group_similarity_scale_options {
+  int64_t mask;
+  double eps;
+  std::string act;
+  double slope;
+};
+inline int64_t group_similarity_scale_register(int64_t mask, double eps, const std::string& act, double slope) {
+  return Table<group_similarity_scale_options>::add({mask, eps, act, slope});
+}
+std::tuple<Tensor, Tensor> group_similarity_scale_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, double eps, const std::string& act, double slope);
+inline std::tuple<Tensor, Tensor> group_similarity_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const group_similarity_scale_options& o = Table<group_similarity_scale_options>::at(options);
+  return group_similarity_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.eps, o.act, o.slope);
+}
+inline constexpr const char* group_similarity_scale_schema =
+    "group_similarity_scale(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor group_similarity_scale_infer_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, double eps, const std::string& act, double slope);
+inline Tensor group_similarity_scale_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const group_similarity_scale_options& o = Table<group_similarity_scale_options>::at(options);
+  return group_similarity_scale_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.eps, o.act, o.slope);
+}
+inline constexpr const char* group_similarity_scale_infer_schema =
+    "group_similarity_scale_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> group_similarity_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, double eps, const std::string& act, double slope) {
+  return group_similarity_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), eps, act, slope);
+}
+inline constexpr const char* group_similarity_scale_spelled_schema =
+    "group_similarity_scale_spelled(Tensor[] tensors, int mask, float eps, str act, float slope) -> (Tensor, Tensor)";
+inline constexpr const char* group_similarity_scale_options_schema = "group_similarity_scale_options(int mask, float eps, str act, float slope) -> int";
+
+struct group_similarity_scale_bwd_options {
+  int64_t mask;
+  double eps;
+  std::string act;
+  double slope;
+  bool residual;
+};
+inline int64_t group_similarity_scale_bwd_register(int64_t mask, double eps, const std::string& act, double slope, bool residual) {
+  return Table<group_similarity_scale_bwd_options>::add({mask, eps, act, slope, residual});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_similarity_scale_bwd_cpu(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& aux, const Tensor& state, const Tensor& weight, const Tensor& bias, double eps, const std::string& act, double slope, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> group_similarity_scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const group_similarity_scale_bwd_options& o = Table<group_similarity_scale_bwd_options>::at(options);
+  return group_similarity_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), o.eps, o.act, o.slope, o.residual);
+}
+inline constexpr const char* group_similarity_scale_bwd_schema =
+    "group_similarity_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> group_similarity_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, double eps, const std::string& act, double slope, bool residual) {
+  return group_similarity_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), eps, act, slope, residual);
+}
+inline constexpr const char* group_similarity_scale_bwd_spelled_schema =
+    "group_similarity_scale_bwd_spelled(Tensor[] tensors, int mask, float eps, str act, float slope, bool residual) -> (Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* group_similarity_scale_bwd_options_schema = "group_similarity_scale_bwd_options(int mask, float eps, str act, float slope, bool residual) -> int";
+
+struct pool_conv_scale_options {
+  int64_t mask;
+  std::string act;
+  std::string gate;
+  double slope;
+  bool circular;
+  std::string epilogue;
+  double epilogue_slope;
+};
+inline int64_t pool_conv_scale_register(int64_t mask, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope) {
+  return Table<pool_conv_scale_options>::add({mask, act, gate, slope, circular, epilogue, epilogue_slope});
+}
+std::tuple<Tensor, Tensor> pool_conv_scale_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& residual, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope);
+inline std::tuple<Tensor, Tensor> pool_conv_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_conv_scale_options& o = Table<pool_conv_scale_options>::at(options);
+  return pool_conv_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), o.act, o.gate, o.slope, o.circular, o.epilogue, o.epilogue_slope);
+}
+inline constexpr const char* pool_conv_scale_schema =
+    "pool_conv_scale(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor pool_conv_scale_infer_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& residual, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope);
+inline Tensor pool_conv_scale_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_conv_scale_options& o = Table<pool_conv_scale_options>::at(options);
+  return pool_conv_scale_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), o.act, o.gate, o.slope, o.circular, o.epilogue, o.epilogue_slope);
+}
+inline constexpr const char* pool_conv_scale_infer_schema =
+    "pool_conv_scale_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> pool_conv_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope) {
+  return pool_conv_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), act, gate, slope, circular, epilogue, epilogue_slope);
+}
+inline constexpr const char* pool_conv_scale_spelled_schema =
+    "pool_conv_scale_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, bool circular, str epilogue, float epilogue_slope) -> (Tensor, Tensor)";
+inline constexpr const char* pool_conv_scale_options_schema = "pool_conv_scale_options(int mask, str act, str gate, float slope, bool circular, str epilogue, float epilogue_slope) -> int";
+
+struct pool_conv_scale_bwd_options {
+  int64_t mask;
+  std::string act;
+  std::string gate;
+  double slope;
+  bool circular;
+  std::string epilogue;
+  double epilogue_slope;
+  bool residual;
+};
+inline int64_t pool_conv_scale_bwd_register(int64_t mask, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope, bool residual) {
+  return Table<pool_conv_scale_bwd_options>::add({mask, act, gate, slope, circular, epilogue, epilogue_slope, residual});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_conv_scale_bwd_cpu(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& aux, const Tensor& saved, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_conv_scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_conv_scale_bwd_options& o = Table<pool_conv_scale_bwd_options>::at(options);
+  return pool_conv_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), o.act, o.gate, o.slope, o.circular, o.epilogue, o.epilogue_slope, o.residual);
+}
+inline constexpr const char* pool_conv_scale_bwd_schema =
+    "pool_conv_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_conv_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope, bool residual) {
+  return pool_conv_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), act, gate, slope, circular, epilogue, epilogue_slope, residual);
+}
+inline constexpr const char* pool_conv_scale_bwd_spelled_schema =
+    "pool_conv_scale_bwd_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, bool circular, str epilogue, float epilogue_slope, bool residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* pool_conv_scale_bwd_options_schema = "pool_conv_scale_bwd_options(int mask, str act, str gate, float slope, bool circular, str epilogue, float epilogue_slope, bool residual) -> int";
+
 struct pool_mlp_scale_options {
   int64_t mask;
   std::string act;

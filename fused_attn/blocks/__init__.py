@@ -1,6 +1,7 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
 from . import se_source, tails  # noqa: F401  (they register rules)
+from .eca import ECA
 from .pyramid_squeeze import PyramidSqueezeAttention
 from .selective_kernel import SelectiveKernel
 from .shrinkage import Shrinkage
@@ -8,6 +9,7 @@ from .split_attention import SplitAttention
 from .squeeze_excite import EffectiveSE, SqueezeExcite
 
 __all__ = [
+    "ECA",
     "EffectiveSE",
     "PyramidSqueezeAttention",
     "SelectiveKernel",

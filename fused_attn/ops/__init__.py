@@ -4,7 +4,10 @@ from .branch_pool import branch_pool
 from .branch_scale import branch_scale
 from .branch_softmax import branch_softmax
 from .channel_pool import channel_pool
+from .group_similarity_scale import group_similarity_scale
 from .map_scale import map_scale
+from .plane_gate_shuffle import plane_gate_shuffle
+from .pool_conv_scale import pool_conv_scale
 from .pool_mlp_scale import pool_mlp_scale
 from .pool_scale import pool_scale
 from .pool_soft_threshold import pool_soft_threshold
@@ -17,7 +20,10 @@ __all__ = [
     "branch_scale",
     "branch_softmax",
     "channel_pool",
+    "group_similarity_scale",
     "map_scale",
+    "plane_gate_shuffle",
+    "pool_conv_scale",
     "pool_mlp_scale",
     "pool_scale",
     "pool_soft_threshold",
