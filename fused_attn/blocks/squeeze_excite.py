@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..ops import activations, pool_mlp_scale
 from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, renew, vars_of
 from ..registry import Block, case
+from .norms import keep
 
 _DENSE = ("torch.nn.modules.conv.Conv2d", "torch.nn.modules.linear.Linear")
 _MEAN = "torch.nn.modules.pooling.AdaptiveAvgPool2d"
@@ -94,7 +95,7 @@ class ExcitePlan(Plan):
         if norm != "batch":
             return out
         y, statistics = out
-        _keep(self.norm, statistics, x.shape[0])  # type: ignore[arg-type]
+        keep(self.norm, statistics, x.shape[0])  # type: ignore[arg-type]
         return y
 
 
@@ -135,27 +136,6 @@ def _norm_state(norm: dict[str, Any]) -> tuple[str, tuple[Tensor | None, ...], f
     if norm["training"] or (mean is None and var is None):
         return "batch", (*affine, None, None), norm["eps"]
     return "running", (*affine, mean, var), norm["eps"]
-
-
-@torch.no_grad()
-def _keep(norm: dict[str, Any], statistics: Tensor, n: int) -> None:
-    """Updates running statistics as BatchNorm does: the variance kept is the unbiased one of n descriptors."""
-    buffers = norm["_buffers"]
-    mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    if not (norm["training"] and norm["track_running_stats"]) or mean is None:
-        return
-    momentum: Any = norm["momentum"]
-    if count is not None:
-        count.add_(1)
-        if momentum is None:
-            momentum = 1.0 / count.to(mean.dtype)
-    if momentum is None:
-        momentum = 0.0
-    if n == 0:  # there is nothing to remember, but the batch counts
-        return
-    batch = statistics.detach().to(mean.dtype)
-    mean.mul_(1 - momentum).add_(batch[0] * momentum)
-    var.mul_(1 - momentum).add_(batch[1] * (momentum * (n / (n - 1))))
 
 
 _ACT_NAMES: dict[str, Callable[[], nn.Module]] = {
