@@ -25,8 +25,10 @@
 #define FA_INLINE inline __attribute__((always_inline))
 #define FA_NOINLINE __attribute__((noinline))
 #define FA_UNROLL _Pragma("GCC unroll 4")  // -O2 leaves short loops over registers rolled, and the registers in memory
+#define FA_ROLLED _Pragma("GCC unroll 1")
 #else
 #define FA_UNROLL
+#define FA_ROLLED
 #define FA_INLINE inline
 #define FA_NOINLINE
 #endif
@@ -104,6 +106,7 @@ Tensor new_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>
 bool walks_planes(const Tensor& x);
 // A dense tensor of another shape on the CPU.
 Tensor new_dense(std::initializer_list<int64_t> shape, ScalarType dtype);
+Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype);
 
 // ---- checks: short, because Python repeats them in words when one fails
 inline void check_map(const Tensor& x) {

@@ -146,7 +146,13 @@ class Op:
         return self._public(args, outs) if self._public else outs
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments by position, defaults filled in. Raises TypeError as a call of the function would."""
+        """All arguments by position, defaults filled in. Raises TypeError as a call of the function would.
+
+        A string where an optional tensor could stand is the first option: the tensors left out are None.
+        """
+        first = next((i for i, a in enumerate(args[1 : self.count], 1) if type(a) is str), self.count)
+        if first < self.count and all(d is None for d in self._defaults[first : self.count]):
+            args = (*args[:first], *self._defaults[first : self.count], *args[first:])
         if not kwargs and len(args) < self.arity and self._defaults[len(args)] is not inspect.Parameter.empty:
             return args + self._defaults[len(args) :]
         bound = self.__signature__.bind(*args, **kwargs)

@@ -390,7 +390,7 @@ def excite(p, w1, w2):
 def spanned(x, w1, w2, residual, pool, ties, act):
     """What `pool_scale` computes, by formulas alone."""
     gate = excite(channel_pool.formula(x, pool, ties, False), w1, w2)
-    return scale.formula(x, gate, residual, act, 0.01)
+    return scale.formula(x, gate, residual, None, act, 0.01)
 
 
 POOL_SCALE = [b for b in BACKENDS if all(testing.missing(OPS[n], b) is None for n in ("channel_pool", "scale"))]

@@ -1,6 +1,7 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
 from . import se_source, tails  # noqa: F401  (they register rules)
+from .cbam import CBAM
 from .eca import ECA
 from .pyramid_squeeze import PyramidSqueezeAttention
 from .selective_kernel import SelectiveKernel
@@ -9,6 +10,7 @@ from .split_attention import SplitAttention
 from .squeeze_excite import EffectiveSE, SqueezeExcite
 
 __all__ = [
+    "CBAM",
     "ECA",
     "EffectiveSE",
     "PyramidSqueezeAttention",

@@ -22,7 +22,8 @@ from ..ops import activations, pool_conv_scale
 from ..ops.pool_conv_scale import ACTS, GATES
 from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, renew, vars_of
 from ..registry import Block, case
-from .squeeze_excite import _activation, _forward
+from .se_rules import gate_forward
+from .squeeze_excite import _activation
 
 _CONV = "torch.nn.modules.conv.Conv1d"
 
@@ -61,7 +62,9 @@ class ConvPlan(Plan):
         padding = 0 if pads else None
         self.conv = _conv1d(self, name, children[name], width, 1, padding, None)
         if pads and vars(module)[pads] != self.conv["weight"].shape[2] // 2:
-            raise Refused(f"{pads} is {vars(module)[pads]}, and the convolution has {self.conv['weight'].shape[2]} taps")
+            raise Refused(
+                f"{pads} is {vars(module)[pads]}, and the convolution has {self.conv['weight'].shape[2]} taps"
+            )
         self.gate, _ = activation(self, gate, children[gate], GATES)
 
     def run(
@@ -88,9 +91,15 @@ def _conv1d(
     plain = options["stride"] == (1,) and options["dilation"] == (1,) and options["groups"] == 1
     same = k // 2 if padding is None else padding
     plain = plain and options["padding"] == (same,) and (not same or options["padding_mode"] == "zeros")
-    if not plain or k % 2 == 0 or taps not in (None, k) or (options["in_channels"], options["out_channels"]) != (
-        inputs,
-        outputs,
+    if (
+        not plain
+        or k % 2 == 0
+        or taps not in (None, k)
+        or (options["in_channels"], options["out_channels"])
+        != (
+            inputs,
+            outputs,
+        )
     ):
         raise Refused(f"{name} is {child!r}, not a convolution of an odd number of taps over the channels")
     return plan.weights(name, child)
@@ -200,7 +209,7 @@ def _divisible(width: float, divisor: int) -> int:
 
 
 def _rule(where: str, source: str, **children: Any) -> Rule:
-    return Rule(where, _forward, lambda module: ConvPlan(module, **children), {"forward": (source,)})
+    return Rule(where, gate_forward, lambda module: ConvPlan(module, **children), {"forward": (source,)})
 
 
 def _timm(module: nn.Module) -> Plan:
@@ -211,7 +220,7 @@ def _timm(module: nn.Module) -> Plan:
 
 
 ECA_RULES = register(
-    Rule("timm.layers.eca.EcaModule", _forward, _timm, {"forward": ("b54edf5eacb3",)}),
+    Rule("timm.layers.eca.EcaModule", gate_forward, _timm, {"forward": ("b54edf5eacb3",)}),
     _rule("timm.layers.eca.CecaModule", "e723b5f94b0c", conv="conv", gate="gate", pads="padding"),
 )
 

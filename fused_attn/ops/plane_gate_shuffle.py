@@ -121,7 +121,7 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
 
 
 def _k(k: int, *shape: int) -> dict:
-    return {name: (k, *shape) for name in ("cweight", "cbias", "sweight", "sbias")}
+    return dict.fromkeys(("cweight", "cbias", "sweight", "sbias"), (k, *shape))
 
 
 def _norm(k: int) -> dict:

@@ -238,9 +238,7 @@ def pool_conv_scale_bwd(
     p, u = saved.view(2, *x.shape[:2])
     g = activations.apply(gate, u)
     none, index = p.new_empty(0), p.new_empty(0, dtype=torch.int64)
-    dgate, e, _ = pool_scale_reduce.eager(
-        x, dy, g, aux, none, epilogue, epilogue_slope, "mean", "split", residual
-    )
+    dgate, e, _ = pool_scale_reduce.eager(x, dy, g, aux, none, epilogue, epilogue_slope, "mean", "split", residual)
     du = dgate * activations.grad(gate, u)
     dp, *dweights = gradients(p, du, weight, bias, w1, b1, act, slope, circular)
     written = keeps_e(epilogue, residual)

@@ -145,7 +145,7 @@ def pool_scale(
     if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         gate, kept = excite_.split(excite(channel_pool(x, pool, ties), *params))
-        y: Tensor = scale(x, gate, residual, act, slope)
+        y: Tensor = scale(x, gate, residual, None, act, slope, "product")
         return (y, *kept) if kept else y
     checks.feature_map("x", x)
     checks.one_of("pool", pool, POOLS)
@@ -182,7 +182,7 @@ class _Spanning(torch.autograd.Function):
         out = channel_pool(x, pool, ties, first)
         p, index = out if first else (out, x.new_empty(0, dtype=torch.int64))
         gate, statistics = excite_.run(excite, (p,), params, x.shape[:2], "(N, C)")
-        y = scale(x, gate, residual, act, slope)
+        y = scale(x, gate, residual, None, act, slope, "product")
         need = activations.needs_aux(act, residual is not None)
         aux = {"output": y, "residual": residual, None: None}[need]
         ctx.save_for_backward(x, gate, p, index, aux, *params)
