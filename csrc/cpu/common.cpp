@@ -126,7 +126,7 @@ Tensor new_dense(std::initializer_list<int64_t> shape, ScalarType dtype) {
 }
 
 Tensor new_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
-  return empty_strided(shape.data(), strides.data(), int64_t(shape.size()), dtype);
+  return new_strided(shape.data(), strides.data(), int64_t(shape.size()), dtype);
 }
 
 bool walks_planes(const Tensor& x) { return map_as(x, false).has_value(); }
