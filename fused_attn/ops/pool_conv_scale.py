@@ -93,7 +93,7 @@ def _formula(
 ) -> Tensor:  # fmt: skip
     p = x.flatten(2).mean(-1, dtype=accumulator(x.dtype))
     g = activations.apply(gate, logits(p, weight, bias, w1, b1, act, slope, circular))
-    return scaled(x, g, residual, epilogue, epilogue_slope)
+    return scaled(x, g, residual, None, epilogue, epilogue_slope)
 
 
 def _save(args: tuple, outs: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor | None, ...], tuple]:
@@ -178,7 +178,7 @@ def pool_conv_scale(
     """
     p = x.flatten(2).mean(-1, dtype=accumulator(x.dtype))
     u = logits(p, weight, bias, w1, b1, act, slope, circular)
-    y = like(x, scaled(x, activations.apply(gate, u), residual, epilogue, epilogue_slope))
+    y = like(x, scaled(x, activations.apply(gate, u), residual, None, epilogue, epilogue_slope))
     return y, torch.cat([p.flatten(), u.flatten()])
 
 

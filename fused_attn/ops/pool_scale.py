@@ -166,7 +166,7 @@ def _without_gradient(
     """The parts in their order: an autograd.Function that records nothing would be a third of the host's time."""
     gate, statistics = excite_.split(excite(channel_pool(x, pool, ties), *params))
     excite_.complete(gate, x.shape[:2], "(N, C)")
-    y = scale(x, gate, residual, act, slope)
+    y = scale(x, gate, residual, None, act, slope, "product")
     return (y, *statistics) if statistics else y
 
 
