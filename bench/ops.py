@@ -254,13 +254,13 @@ def traffic(job: Job, candidate: Candidate) -> tuple[float, str]:
     passes, backends, gradient = 0.0, dict[str, None](), False
     run = backend.run
 
-    def counted(op: Op, args: tuple[Any, ...], infer: bool, tensors: list[torch.Tensor]) -> Any:
+    def counted(op: Op, args: tuple[Any, ...], *rest: Any) -> Any:
         nonlocal passes, gradient
         reads, writes = op.budget(*args) if op.budget is not None else (0, 0)
         largest = max((args[i].nbytes for _, i in op.map_indices if args[i] is not None), default=0)
         passes += (reads + writes) * largest / size
         gradient |= op.name != job.op.name
-        return run(op, args, infer, tensors)
+        return run(op, args, *rest)
 
     backend.run = counted
     try:

@@ -25,8 +25,10 @@
 #define FA_INLINE inline __attribute__((always_inline))
 #define FA_NOINLINE __attribute__((noinline))
 #define FA_UNROLL _Pragma("GCC unroll 4")  // -O2 leaves short loops over registers rolled, and the registers in memory
+#define FA_ROLLED _Pragma("GCC unroll 1")
 #else
 #define FA_UNROLL
+#define FA_ROLLED
 #define FA_INLINE inline
 #define FA_NOINLINE
 #endif
@@ -98,8 +100,13 @@ std::vector<Map> maps_of(std::initializer_list<const Tensor*> tensors);
 
 // An uninitialised tensor like x: its shape, dtype and strides (dense ones where x has gaps).
 Tensor new_like(const Tensor& x);
+// An uninitialised tensor of any shape and strides on the CPU.
+Tensor new_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype);
+// Whether x can be walked as planes.
+bool walks_planes(const Tensor& x);
 // A dense tensor of another shape on the CPU.
 Tensor new_dense(std::initializer_list<int64_t> shape, ScalarType dtype);
+Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype);
 
 // ---- checks: short, because Python repeats them in words when one fails
 inline void check_map(const Tensor& x) {

@@ -57,50 +57,158 @@ inline constexpr const char* channel_pool_bwd_spelled_schema =
     "channel_pool_bwd_spelled(Tensor[] tensors, int mask, str pool, str ties) -> Tensor";
 inline constexpr const char* channel_pool_bwd_options_schema = "channel_pool_bwd_options(int mask, str pool, str ties) -> int";
 
+struct branch_pool_options {
+  int64_t mask;
+  int64_t splits;
+  bool each;
+};
+inline int64_t branch_pool_register(int64_t mask, int64_t splits, bool each) {
+  return Table<branch_pool_options>::add({mask, splits, each});
+}
+Tensor branch_pool_cpu(const Tensor& x, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, int64_t splits, bool each);
+inline Tensor branch_pool_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_pool_options& o = Table<branch_pool_options>::at(options);
+  return branch_pool_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), o.splits, o.each);
+}
+inline constexpr const char* branch_pool_schema =
+    "branch_pool(Tensor[] tensors, int options) -> Tensor";
+inline Tensor branch_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t splits, bool each) {
+  return branch_pool_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), splits, each);
+}
+inline constexpr const char* branch_pool_spelled_schema =
+    "branch_pool_spelled(Tensor[] tensors, int mask, int splits, bool each) -> Tensor";
+inline constexpr const char* branch_pool_options_schema = "branch_pool_options(int mask, int splits, bool each) -> int";
+
+struct branch_scale_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t branch_scale_register(int64_t mask, const std::string& merge) {
+  return Table<branch_scale_options>::add({mask, merge});
+}
+Tensor branch_scale_cpu(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge);
+inline Tensor branch_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_scale_options& o = Table<branch_scale_options>::at(options);
+  return branch_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), o.merge);
+}
+inline constexpr const char* branch_scale_schema =
+    "branch_scale(Tensor[] tensors, int options) -> Tensor";
+inline Tensor branch_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return branch_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), merge);
+}
+inline constexpr const char* branch_scale_spelled_schema =
+    "branch_scale_spelled(Tensor[] tensors, int mask, str merge) -> Tensor";
+inline constexpr const char* branch_scale_options_schema = "branch_scale_options(int mask, str merge) -> int";
+
+struct branch_scale_bwd_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t branch_scale_bwd_register(int64_t mask, const std::string& merge) {
+  return Table<branch_scale_bwd_options>::add({mask, merge});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_bwd_cpu(const Tensor& x, const Tensor& gate, const Tensor& dy, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_scale_bwd_options& o = Table<branch_scale_bwd_options>::at(options);
+  return branch_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), o.merge);
+}
+inline constexpr const char* branch_scale_bwd_schema =
+    "branch_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return branch_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), merge);
+}
+inline constexpr const char* branch_scale_bwd_spelled_schema =
+    "branch_scale_bwd_spelled(Tensor[] tensors, int mask, str merge) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* branch_scale_bwd_options_schema = "branch_scale_bwd_options(int mask, str merge) -> int";
+
+struct branch_scale_reduce_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t branch_scale_reduce_register(int64_t mask, const std::string& merge) {
+  return Table<branch_scale_reduce_options>::add({mask, merge});
+}
+Tensor branch_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge);
+inline Tensor branch_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_scale_reduce_options& o = Table<branch_scale_reduce_options>::at(options);
+  return branch_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), o.merge);
+}
+inline constexpr const char* branch_scale_reduce_schema =
+    "branch_scale_reduce(Tensor[] tensors, int options) -> Tensor";
+inline Tensor branch_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return branch_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), merge);
+}
+inline constexpr const char* branch_scale_reduce_spelled_schema =
+    "branch_scale_reduce_spelled(Tensor[] tensors, int mask, str merge) -> Tensor";
+inline constexpr const char* branch_scale_reduce_options_schema = "branch_scale_reduce_options(int mask, str merge) -> int";
+
+struct branch_scale_apply_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t branch_scale_apply_register(int64_t mask, const std::string& merge) {
+  return Table<branch_scale_apply_options>::add({mask, merge});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_apply_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const Tensor& dpooled, const std::string& merge);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_scale_apply_options& o = Table<branch_scale_apply_options>::at(options);
+  return branch_scale_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.merge);
+}
+inline constexpr const char* branch_scale_apply_schema =
+    "branch_scale_apply(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return branch_scale_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), merge);
+}
+inline constexpr const char* branch_scale_apply_spelled_schema =
+    "branch_scale_apply_spelled(Tensor[] tensors, int mask, str merge) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* branch_scale_apply_options_schema = "branch_scale_apply_options(int mask, str merge) -> int";
+
 struct scale_options {
   int64_t mask;
   std::string act;
   double slope;
+  std::string merge;
 };
-inline int64_t scale_register(int64_t mask, const std::string& act, double slope) {
-  return Table<scale_options>::add({mask, act, slope});
+inline int64_t scale_register(int64_t mask, const std::string& act, double slope, const std::string& merge) {
+  return Table<scale_options>::add({mask, act, slope, merge});
 }
-Tensor scale_cpu(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& residual, const std::string& act, double slope);
+Tensor scale_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::optional<Tensor>& residual, const std::optional<Tensor>& pixel, const std::string& act, double slope, const std::string& merge);
 inline Tensor scale_call(const std::vector<Tensor>& tensors, int64_t options) {
   const scale_options& o = Table<scale_options>::at(options);
-  return scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), o.act, o.slope);
+  return scale_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.act, o.slope, o.merge);
 }
 inline constexpr const char* scale_schema =
     "scale(Tensor[] tensors, int options) -> Tensor";
-inline Tensor scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
-  return scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), act, slope);
+inline Tensor scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& merge) {
+  return scale_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), act, slope, merge);
 }
 inline constexpr const char* scale_spelled_schema =
-    "scale_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
-inline constexpr const char* scale_options_schema = "scale_options(int mask, str act, float slope) -> int";
+    "scale_spelled(Tensor[] tensors, int mask, str act, float slope, str merge) -> Tensor";
+inline constexpr const char* scale_options_schema = "scale_options(int mask, str act, float slope, str merge) -> int";
 
 struct scale_bwd_options {
   int64_t mask;
   std::string act;
   double slope;
+  std::string merge;
   bool residual;
 };
-inline int64_t scale_bwd_register(int64_t mask, const std::string& act, double slope, bool residual) {
-  return Table<scale_bwd_options>::add({mask, act, slope, residual});
+inline int64_t scale_bwd_register(int64_t mask, const std::string& act, double slope, const std::string& merge, bool residual) {
+  return Table<scale_bwd_options>::add({mask, act, slope, merge, residual});
 }
-std::tuple<Tensor, Tensor, Tensor> scale_bwd_cpu(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& aux, const Tensor& dy, const std::string& act, double slope, bool residual);
-inline std::tuple<Tensor, Tensor, Tensor> scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bwd_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::optional<Tensor>& aux, const std::optional<Tensor>& pixel, const Tensor& dy, const std::string& act, double slope, const std::string& merge, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
   const scale_bwd_options& o = Table<scale_bwd_options>::at(options);
-  return scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), required(tensors, o.mask, 3), o.act, o.slope, o.residual);
+  return scale_bwd_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), required(tensors, o.mask, 4), o.act, o.slope, o.merge, o.residual);
 }
 inline constexpr const char* scale_bwd_schema =
-    "scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor, Tensor> scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, bool residual) {
-  return scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), required(tensors, mask, 3), act, slope, residual);
+    "scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& merge, bool residual) {
+  return scale_bwd_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), required(tensors, mask, 4), act, slope, merge, residual);
 }
 inline constexpr const char* scale_bwd_spelled_schema =
-    "scale_bwd_spelled(Tensor[] tensors, int mask, str act, float slope, bool residual) -> (Tensor, Tensor, Tensor)";
-inline constexpr const char* scale_bwd_options_schema = "scale_bwd_options(int mask, str act, float slope, bool residual) -> int";
+    "scale_bwd_spelled(Tensor[] tensors, int mask, str act, float slope, str merge, bool residual) -> (Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* scale_bwd_options_schema = "scale_bwd_options(int mask, str act, float slope, str merge, bool residual) -> int";
 
 struct pool_scale_reduce_options {
   int64_t mask;
@@ -150,6 +258,133 @@ inline Tensor pool_scale_apply_spelled_call(const std::vector<Tensor>& tensors, 
 inline constexpr const char* pool_scale_apply_spelled_schema =
     "pool_scale_apply_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties) -> Tensor";
 inline constexpr const char* pool_scale_apply_options_schema = "pool_scale_apply_options(int mask, str act, float slope, str pool, str ties) -> int";
+
+struct spatial_pool_options {
+  int64_t mask;
+  std::string pool;
+  std::string ties;
+  bool return_index;
+};
+inline int64_t spatial_pool_register(int64_t mask, const std::string& pool, const std::string& ties, bool return_index) {
+  return Table<spatial_pool_options>::add({mask, pool, ties, return_index});
+}
+std::tuple<Tensor, Tensor> spatial_pool_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::string& pool, const std::string& ties, bool return_index);
+inline std::tuple<Tensor, Tensor> spatial_pool_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const spatial_pool_options& o = Table<spatial_pool_options>::at(options);
+  return spatial_pool_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), o.pool, o.ties, o.return_index);
+}
+inline constexpr const char* spatial_pool_schema =
+    "spatial_pool(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor spatial_pool_infer_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::string& pool, const std::string& ties, bool return_index);
+inline Tensor spatial_pool_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const spatial_pool_options& o = Table<spatial_pool_options>::at(options);
+  return spatial_pool_infer_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), o.pool, o.ties, o.return_index);
+}
+inline constexpr const char* spatial_pool_infer_schema =
+    "spatial_pool_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> spatial_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool, const std::string& ties, bool return_index) {
+  return spatial_pool_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), pool, ties, return_index);
+}
+inline constexpr const char* spatial_pool_spelled_schema =
+    "spatial_pool_spelled(Tensor[] tensors, int mask, str pool, str ties, bool return_index) -> (Tensor, Tensor)";
+inline constexpr const char* spatial_pool_options_schema = "spatial_pool_options(int mask, str pool, str ties, bool return_index) -> int";
+
+struct spatial_pool_bwd_options {
+  int64_t mask;
+  std::string pool;
+  std::string ties;
+};
+inline int64_t spatial_pool_bwd_register(int64_t mask, const std::string& pool, const std::string& ties) {
+  return Table<spatial_pool_bwd_options>::add({mask, pool, ties});
+}
+std::tuple<Tensor, Tensor> spatial_pool_bwd_cpu(const Tensor& x, const std::optional<Tensor>& gate, const Tensor& dplanes, const Tensor& planes, const Tensor& index, const std::string& pool, const std::string& ties);
+inline std::tuple<Tensor, Tensor> spatial_pool_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const spatial_pool_bwd_options& o = Table<spatial_pool_bwd_options>::at(options);
+  return spatial_pool_bwd_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), o.pool, o.ties);
+}
+inline constexpr const char* spatial_pool_bwd_schema =
+    "spatial_pool_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> spatial_pool_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool, const std::string& ties) {
+  return spatial_pool_bwd_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), pool, ties);
+}
+inline constexpr const char* spatial_pool_bwd_spelled_schema =
+    "spatial_pool_bwd_spelled(Tensor[] tensors, int mask, str pool, str ties) -> (Tensor, Tensor)";
+inline constexpr const char* spatial_pool_bwd_options_schema = "spatial_pool_bwd_options(int mask, str pool, str ties) -> int";
+
+struct dual_scale_reduce_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string pool;
+  std::string ties;
+  bool residual;
+};
+inline int64_t dual_scale_reduce_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
+  return Table<dual_scale_reduce_options>::add({mask, act, slope, pool, ties, residual});
+}
+std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const Tensor& pixel, const std::optional<Tensor>& aux, const Tensor& planes, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const dual_scale_reduce_options& o = Table<dual_scale_reduce_options>::at(options);
+  return dual_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), required(tensors, o.mask, 5), o.act, o.slope, o.pool, o.ties, o.residual);
+}
+inline constexpr const char* dual_scale_reduce_schema =
+    "dual_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
+  return dual_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), required(tensors, mask, 5), act, slope, pool, ties, residual);
+}
+inline constexpr const char* dual_scale_reduce_spelled_schema =
+    "dual_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties, bool residual) -> (Tensor, Tensor, Tensor)";
+inline constexpr const char* dual_scale_reduce_options_schema = "dual_scale_reduce_options(int mask, str act, float slope, str pool, str ties, bool residual) -> int";
+
+struct dual_scale_gate_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string pool;
+  std::string channel;
+  std::string ties;
+};
+inline int64_t dual_scale_gate_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
+  return Table<dual_scale_gate_options>::add({mask, act, slope, pool, channel, ties});
+}
+std::tuple<Tensor, Tensor> dual_scale_gate_cpu(const Tensor& x, const Tensor& e, const Tensor& gate, const Tensor& pixel, const Tensor& dplanes, const Tensor& planes, const Tensor& places, const Tensor& shared, const Tensor& values, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties);
+inline std::tuple<Tensor, Tensor> dual_scale_gate_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const dual_scale_gate_options& o = Table<dual_scale_gate_options>::at(options);
+  return dual_scale_gate_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), required(tensors, o.mask, 7), required(tensors, o.mask, 8), o.act, o.slope, o.pool, o.channel, o.ties);
+}
+inline constexpr const char* dual_scale_gate_schema =
+    "dual_scale_gate(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> dual_scale_gate_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
+  return dual_scale_gate_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), required(tensors, mask, 7), required(tensors, mask, 8), act, slope, pool, channel, ties);
+}
+inline constexpr const char* dual_scale_gate_spelled_schema =
+    "dual_scale_gate_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str channel, str ties) -> (Tensor, Tensor)";
+inline constexpr const char* dual_scale_gate_options_schema = "dual_scale_gate_options(int mask, str act, float slope, str pool, str channel, str ties) -> int";
+
+struct dual_scale_apply_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string pool;
+  std::string channel;
+  std::string ties;
+};
+inline int64_t dual_scale_apply_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
+  return Table<dual_scale_apply_options>::add({mask, act, slope, pool, channel, ties});
+}
+Tensor dual_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate, const Tensor& pixel, const Tensor& dplanes, const Tensor& planes, const Tensor& places, const Tensor& shared, const Tensor& dpooled, const Tensor& values, const Tensor& index, const Tensor& count, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties);
+inline Tensor dual_scale_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const dual_scale_apply_options& o = Table<dual_scale_apply_options>::at(options);
+  return dual_scale_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), required(tensors, o.mask, 7), required(tensors, o.mask, 8), required(tensors, o.mask, 9), required(tensors, o.mask, 10), required(tensors, o.mask, 11), o.act, o.slope, o.pool, o.channel, o.ties);
+}
+inline constexpr const char* dual_scale_apply_schema =
+    "dual_scale_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor dual_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
+  return dual_scale_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), required(tensors, mask, 7), required(tensors, mask, 8), required(tensors, mask, 9), required(tensors, mask, 10), required(tensors, mask, 11), act, slope, pool, channel, ties);
+}
+inline constexpr const char* dual_scale_apply_spelled_schema =
+    "dual_scale_apply_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str channel, str ties) -> Tensor";
+inline constexpr const char* dual_scale_apply_options_schema = "dual_scale_apply_options(int mask, str act, float slope, str pool, str channel, str ties) -> int";
 
 struct shared_mlp_options {
   int64_t mask;
@@ -207,6 +442,226 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 inline constexpr const char* shared_mlp_bwd_spelled_schema =
     "shared_mlp_bwd_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, str norm, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* shared_mlp_bwd_options_schema = "shared_mlp_bwd_options(int mask, str act, str gate, float slope, str norm, float eps) -> int";
+
+struct plane_gate_shuffle_options {
+  int64_t mask;
+  double eps;
+  std::string act;
+  double slope;
+};
+inline int64_t plane_gate_shuffle_register(int64_t mask, double eps, const std::string& act, double slope) {
+  return Table<plane_gate_shuffle_options>::add({mask, eps, act, slope});
+}
+std::tuple<Tensor, Tensor> plane_gate_shuffle_cpu(const Tensor& x, const Tensor& cweight, const Tensor& cbias, const Tensor& sweight, const Tensor& sbias, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& residual, double eps, const std::string& act, double slope);
+inline std::tuple<Tensor, Tensor> plane_gate_shuffle_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const plane_gate_shuffle_options& o = Table<plane_gate_shuffle_options>::at(options);
+  return plane_gate_shuffle_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), o.eps, o.act, o.slope);
+}
+inline constexpr const char* plane_gate_shuffle_schema =
+    "plane_gate_shuffle(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor plane_gate_shuffle_infer_cpu(const Tensor& x, const Tensor& cweight, const Tensor& cbias, const Tensor& sweight, const Tensor& sbias, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& residual, double eps, const std::string& act, double slope);
+inline Tensor plane_gate_shuffle_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const plane_gate_shuffle_options& o = Table<plane_gate_shuffle_options>::at(options);
+  return plane_gate_shuffle_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), o.eps, o.act, o.slope);
+}
+inline constexpr const char* plane_gate_shuffle_infer_schema =
+    "plane_gate_shuffle_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> plane_gate_shuffle_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, double eps, const std::string& act, double slope) {
+  return plane_gate_shuffle_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), eps, act, slope);
+}
+inline constexpr const char* plane_gate_shuffle_spelled_schema =
+    "plane_gate_shuffle_spelled(Tensor[] tensors, int mask, float eps, str act, float slope) -> (Tensor, Tensor)";
+inline constexpr const char* plane_gate_shuffle_options_schema = "plane_gate_shuffle_options(int mask, float eps, str act, float slope) -> int";
+
+struct plane_gate_shuffle_bwd_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  bool residual;
+};
+inline int64_t plane_gate_shuffle_bwd_register(int64_t mask, const std::string& act, double slope, bool residual) {
+  return Table<plane_gate_shuffle_bwd_options>::add({mask, act, slope, residual});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plane_gate_shuffle_bwd_cpu(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& aux, const Tensor& stats, const Tensor& cweight, const Tensor& cbias, const Tensor& sweight, const Tensor& sbias, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::string& act, double slope, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plane_gate_shuffle_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const plane_gate_shuffle_bwd_options& o = Table<plane_gate_shuffle_bwd_options>::at(options);
+  return plane_gate_shuffle_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), required(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), o.act, o.slope, o.residual);
+}
+inline constexpr const char* plane_gate_shuffle_bwd_schema =
+    "plane_gate_shuffle_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plane_gate_shuffle_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, bool residual) {
+  return plane_gate_shuffle_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), required(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), act, slope, residual);
+}
+inline constexpr const char* plane_gate_shuffle_bwd_spelled_schema =
+    "plane_gate_shuffle_bwd_spelled(Tensor[] tensors, int mask, str act, float slope, bool residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* plane_gate_shuffle_bwd_options_schema = "plane_gate_shuffle_bwd_options(int mask, str act, float slope, bool residual) -> int";
+
+struct group_similarity_scale_options {
+  int64_t mask;
+  double eps;
+  std::string act;
+  double slope;
+};
+inline int64_t group_similarity_scale_register(int64_t mask, double eps, const std::string& act, double slope) {
+  return Table<group_similarity_scale_options>::add({mask, eps, act, slope});
+}
+std::tuple<Tensor, Tensor> group_similarity_scale_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, double eps, const std::string& act, double slope);
+inline std::tuple<Tensor, Tensor> group_similarity_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const group_similarity_scale_options& o = Table<group_similarity_scale_options>::at(options);
+  return group_similarity_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.eps, o.act, o.slope);
+}
+inline constexpr const char* group_similarity_scale_schema =
+    "group_similarity_scale(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor group_similarity_scale_infer_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, double eps, const std::string& act, double slope);
+inline Tensor group_similarity_scale_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const group_similarity_scale_options& o = Table<group_similarity_scale_options>::at(options);
+  return group_similarity_scale_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.eps, o.act, o.slope);
+}
+inline constexpr const char* group_similarity_scale_infer_schema =
+    "group_similarity_scale_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> group_similarity_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, double eps, const std::string& act, double slope) {
+  return group_similarity_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), eps, act, slope);
+}
+inline constexpr const char* group_similarity_scale_spelled_schema =
+    "group_similarity_scale_spelled(Tensor[] tensors, int mask, float eps, str act, float slope) -> (Tensor, Tensor)";
+inline constexpr const char* group_similarity_scale_options_schema = "group_similarity_scale_options(int mask, float eps, str act, float slope) -> int";
+
+struct group_similarity_scale_bwd_options {
+  int64_t mask;
+  double eps;
+  std::string act;
+  double slope;
+  bool residual;
+};
+inline int64_t group_similarity_scale_bwd_register(int64_t mask, double eps, const std::string& act, double slope, bool residual) {
+  return Table<group_similarity_scale_bwd_options>::add({mask, eps, act, slope, residual});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_similarity_scale_bwd_cpu(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& aux, const Tensor& state, const Tensor& weight, const Tensor& bias, double eps, const std::string& act, double slope, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> group_similarity_scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const group_similarity_scale_bwd_options& o = Table<group_similarity_scale_bwd_options>::at(options);
+  return group_similarity_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), o.eps, o.act, o.slope, o.residual);
+}
+inline constexpr const char* group_similarity_scale_bwd_schema =
+    "group_similarity_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> group_similarity_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, double eps, const std::string& act, double slope, bool residual) {
+  return group_similarity_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), eps, act, slope, residual);
+}
+inline constexpr const char* group_similarity_scale_bwd_spelled_schema =
+    "group_similarity_scale_bwd_spelled(Tensor[] tensors, int mask, float eps, str act, float slope, bool residual) -> (Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* group_similarity_scale_bwd_options_schema = "group_similarity_scale_bwd_options(int mask, float eps, str act, float slope, bool residual) -> int";
+
+struct map_scale_options {
+  int64_t mask;
+  std::string norm;
+  double eps;
+  double correction;
+};
+inline int64_t map_scale_register(int64_t mask, const std::string& norm, double eps, double correction) {
+  return Table<map_scale_options>::add({mask, norm, eps, correction});
+}
+std::tuple<Tensor, Tensor> map_scale_cpu(const Tensor& x, const Tensor& z, const std::string& norm, double eps, double correction);
+inline std::tuple<Tensor, Tensor> map_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const map_scale_options& o = Table<map_scale_options>::at(options);
+  return map_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), o.norm, o.eps, o.correction);
+}
+inline constexpr const char* map_scale_schema =
+    "map_scale(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor map_scale_infer_cpu(const Tensor& x, const Tensor& z, const std::string& norm, double eps, double correction);
+inline Tensor map_scale_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const map_scale_options& o = Table<map_scale_options>::at(options);
+  return map_scale_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), o.norm, o.eps, o.correction);
+}
+inline constexpr const char* map_scale_infer_schema =
+    "map_scale_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> map_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& norm, double eps, double correction) {
+  return map_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), norm, eps, correction);
+}
+inline constexpr const char* map_scale_spelled_schema =
+    "map_scale_spelled(Tensor[] tensors, int mask, str norm, float eps, float correction) -> (Tensor, Tensor)";
+inline constexpr const char* map_scale_options_schema = "map_scale_options(int mask, str norm, float eps, float correction) -> int";
+
+struct map_scale_bwd_options {
+  int64_t mask;
+  std::string norm;
+  double eps;
+  double correction;
+};
+inline int64_t map_scale_bwd_register(int64_t mask, const std::string& norm, double eps, double correction) {
+  return Table<map_scale_bwd_options>::add({mask, norm, eps, correction});
+}
+std::tuple<Tensor, Tensor> map_scale_bwd_cpu(const Tensor& x, const Tensor& z, const Tensor& stats, const Tensor& dy, const std::string& norm, double eps, double correction);
+inline std::tuple<Tensor, Tensor> map_scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const map_scale_bwd_options& o = Table<map_scale_bwd_options>::at(options);
+  return map_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.norm, o.eps, o.correction);
+}
+inline constexpr const char* map_scale_bwd_schema =
+    "map_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> map_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& norm, double eps, double correction) {
+  return map_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), norm, eps, correction);
+}
+inline constexpr const char* map_scale_bwd_spelled_schema =
+    "map_scale_bwd_spelled(Tensor[] tensors, int mask, str norm, float eps, float correction) -> (Tensor, Tensor)";
+inline constexpr const char* map_scale_bwd_options_schema = "map_scale_bwd_options(int mask, str norm, float eps, float correction) -> int";
+
+struct pool_conv_scale_options {
+  int64_t mask;
+  std::string act;
+  std::string gate;
+  double slope;
+  bool circular;
+  std::string epilogue;
+  double epilogue_slope;
+};
+inline int64_t pool_conv_scale_register(int64_t mask, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope) {
+  return Table<pool_conv_scale_options>::add({mask, act, gate, slope, circular, epilogue, epilogue_slope});
+}
+std::tuple<Tensor, Tensor> pool_conv_scale_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& residual, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope);
+inline std::tuple<Tensor, Tensor> pool_conv_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_conv_scale_options& o = Table<pool_conv_scale_options>::at(options);
+  return pool_conv_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), o.act, o.gate, o.slope, o.circular, o.epilogue, o.epilogue_slope);
+}
+inline constexpr const char* pool_conv_scale_schema =
+    "pool_conv_scale(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor pool_conv_scale_infer_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& residual, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope);
+inline Tensor pool_conv_scale_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_conv_scale_options& o = Table<pool_conv_scale_options>::at(options);
+  return pool_conv_scale_infer_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), o.act, o.gate, o.slope, o.circular, o.epilogue, o.epilogue_slope);
+}
+inline constexpr const char* pool_conv_scale_infer_schema =
+    "pool_conv_scale_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> pool_conv_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope) {
+  return pool_conv_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), act, gate, slope, circular, epilogue, epilogue_slope);
+}
+inline constexpr const char* pool_conv_scale_spelled_schema =
+    "pool_conv_scale_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, bool circular, str epilogue, float epilogue_slope) -> (Tensor, Tensor)";
+inline constexpr const char* pool_conv_scale_options_schema = "pool_conv_scale_options(int mask, str act, str gate, float slope, bool circular, str epilogue, float epilogue_slope) -> int";
+
+struct pool_conv_scale_bwd_options {
+  int64_t mask;
+  std::string act;
+  std::string gate;
+  double slope;
+  bool circular;
+  std::string epilogue;
+  double epilogue_slope;
+  bool residual;
+};
+inline int64_t pool_conv_scale_bwd_register(int64_t mask, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope, bool residual) {
+  return Table<pool_conv_scale_bwd_options>::add({mask, act, gate, slope, circular, epilogue, epilogue_slope, residual});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_conv_scale_bwd_cpu(const Tensor& x, const Tensor& dy, const std::optional<Tensor>& aux, const Tensor& saved, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_conv_scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_conv_scale_bwd_options& o = Table<pool_conv_scale_bwd_options>::at(options);
+  return pool_conv_scale_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), o.act, o.gate, o.slope, o.circular, o.epilogue, o.epilogue_slope, o.residual);
+}
+inline constexpr const char* pool_conv_scale_bwd_schema =
+    "pool_conv_scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_conv_scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, const std::string& gate, double slope, bool circular, const std::string& epilogue, double epilogue_slope, bool residual) {
+  return pool_conv_scale_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), act, gate, slope, circular, epilogue, epilogue_slope, residual);
+}
+inline constexpr const char* pool_conv_scale_bwd_spelled_schema =
+    "pool_conv_scale_bwd_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, bool circular, str epilogue, float epilogue_slope, bool residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* pool_conv_scale_bwd_options_schema = "pool_conv_scale_bwd_options(int mask, str act, str gate, float slope, bool circular, str epilogue, float epilogue_slope, bool residual) -> int";
 
 struct pool_mlp_scale_options {
   int64_t mask;
@@ -273,6 +728,87 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 inline constexpr const char* pool_mlp_scale_bwd_spelled_schema =
     "pool_mlp_scale_bwd_spelled(Tensor[] tensors, int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope, bool residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* pool_mlp_scale_bwd_options_schema = "pool_mlp_scale_bwd_options(int mask, str act, str gate, float slope, str norm, float eps, float max_weight, str ties, str epilogue, float epilogue_slope, bool residual) -> int";
+
+struct soft_threshold_options {
+  int64_t mask;
+};
+inline int64_t soft_threshold_register(int64_t mask) {
+  return Table<soft_threshold_options>::add({mask});
+}
+Tensor soft_threshold_cpu(const Tensor& x, const Tensor& tau, const std::optional<Tensor>& residual);
+inline Tensor soft_threshold_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const soft_threshold_options& o = Table<soft_threshold_options>::at(options);
+  return soft_threshold_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2));
+}
+inline constexpr const char* soft_threshold_schema =
+    "soft_threshold(Tensor[] tensors, int options) -> Tensor";
+inline Tensor soft_threshold_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
+  return soft_threshold_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2));
+}
+inline constexpr const char* soft_threshold_spelled_schema =
+    "soft_threshold_spelled(Tensor[] tensors, int mask) -> Tensor";
+inline constexpr const char* soft_threshold_options_schema = "soft_threshold_options(int mask) -> int";
+
+struct soft_threshold_bwd_options {
+  int64_t mask;
+};
+inline int64_t soft_threshold_bwd_register(int64_t mask) {
+  return Table<soft_threshold_bwd_options>::add({mask});
+}
+std::tuple<Tensor, Tensor> soft_threshold_bwd_cpu(const Tensor& x, const Tensor& tau, const Tensor& dy);
+inline std::tuple<Tensor, Tensor> soft_threshold_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const soft_threshold_bwd_options& o = Table<soft_threshold_bwd_options>::at(options);
+  return soft_threshold_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2));
+}
+inline constexpr const char* soft_threshold_bwd_schema =
+    "soft_threshold_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> soft_threshold_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
+  return soft_threshold_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2));
+}
+inline constexpr const char* soft_threshold_bwd_spelled_schema =
+    "soft_threshold_bwd_spelled(Tensor[] tensors, int mask) -> (Tensor, Tensor)";
+inline constexpr const char* soft_threshold_bwd_options_schema = "soft_threshold_bwd_options(int mask) -> int";
+
+struct pool_soft_threshold_reduce_options {
+  int64_t mask;
+};
+inline int64_t pool_soft_threshold_reduce_register(int64_t mask) {
+  return Table<pool_soft_threshold_reduce_options>::add({mask});
+}
+Tensor pool_soft_threshold_reduce_cpu(const Tensor& x, const Tensor& tau, const Tensor& dy);
+inline Tensor pool_soft_threshold_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_soft_threshold_reduce_options& o = Table<pool_soft_threshold_reduce_options>::at(options);
+  return pool_soft_threshold_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2));
+}
+inline constexpr const char* pool_soft_threshold_reduce_schema =
+    "pool_soft_threshold_reduce(Tensor[] tensors, int options) -> Tensor";
+inline Tensor pool_soft_threshold_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
+  return pool_soft_threshold_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2));
+}
+inline constexpr const char* pool_soft_threshold_reduce_spelled_schema =
+    "pool_soft_threshold_reduce_spelled(Tensor[] tensors, int mask) -> Tensor";
+inline constexpr const char* pool_soft_threshold_reduce_options_schema = "pool_soft_threshold_reduce_options(int mask) -> int";
+
+struct pool_soft_threshold_apply_options {
+  int64_t mask;
+  std::string pool;
+};
+inline int64_t pool_soft_threshold_apply_register(int64_t mask, const std::string& pool) {
+  return Table<pool_soft_threshold_apply_options>::add({mask, pool});
+}
+Tensor pool_soft_threshold_apply_cpu(const Tensor& x, const Tensor& tau, const Tensor& dy, const Tensor& dpooled, const std::string& pool);
+inline Tensor pool_soft_threshold_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_soft_threshold_apply_options& o = Table<pool_soft_threshold_apply_options>::at(options);
+  return pool_soft_threshold_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.pool);
+}
+inline constexpr const char* pool_soft_threshold_apply_schema =
+    "pool_soft_threshold_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor pool_soft_threshold_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool) {
+  return pool_soft_threshold_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), pool);
+}
+inline constexpr const char* pool_soft_threshold_apply_spelled_schema =
+    "pool_soft_threshold_apply_spelled(Tensor[] tensors, int mask, str pool) -> Tensor";
+inline constexpr const char* pool_soft_threshold_apply_options_schema = "pool_soft_threshold_apply_options(int mask, str pool) -> int";
 
 }  // namespace fa
 // clang-format on

@@ -5,7 +5,7 @@ from types import ModuleType
 
 from . import log, ops
 from .backend import use_backend
-from .blocks import EffectiveSE, SqueezeExcite
+from .blocks import ECA, EffectiveSE, PyramidSqueezeAttention, SelectiveKernel, Shrinkage, SplitAttention, SqueezeExcite
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
@@ -15,9 +15,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BLOCKS",
+    "ECA",
     "OPS",
     "EffectiveSE",
+    "PyramidSqueezeAttention",
     "Report",
+    "SelectiveKernel",
+    "Shrinkage",
+    "SplitAttention",
     "SqueezeExcite",
     "__version__",
     "explain",

@@ -16,8 +16,13 @@ from .registry import OPS, Op
 
 TARGET = Path(__file__).parent.parent / "csrc" / "ops.gen.h"
 _TENSORS = {"Tensor": ("const Tensor&", "required"), "Optional[Tensor]": ("const std::optional<Tensor>&", "optional")}
-_OPTIONS = {"str": ("const std::string&", "std::string"), "float": ("double", "double"), "bool": ("bool", "bool")}
-_SCHEMA = {"str": "str", "float": "float", "bool": "bool"}
+_OPTIONS = {
+    "str": ("const std::string&", "std::string"),
+    "float": ("double", "double"),
+    "bool": ("bool", "bool"),
+    "int": ("int64_t", "int64_t"),
+}
+_SCHEMA = {"str": "str", "float": "float", "bool": "bool", "int": "int"}
 
 
 def _render(op: Op) -> list[str]:

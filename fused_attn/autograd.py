@@ -29,14 +29,21 @@ _is_compiling = torch.compiler.is_compiling
 _NO_SECOND = "fused_attn.{}: a second derivative of a fused op is not available"
 
 
+def is_watched() -> bool:
+    """Whether a compiler, tracer, mode or transform wants to see the op."""
+    return (
+        _is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _is_torch_function_mode_enabled()
+        or forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+    )
+
+
 def is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether a launcher may run on these arguments: no compiler, tracer, mode, transform or subclass wants to see the
-    op."""
-    if _is_compiling() or _len_torch_dispatch_stack() or _is_torch_function_mode_enabled():
-        return False
-    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or _get_tracing_state() is not None:
-        return False
-    return _PLAIN.issuperset(map(type, args)) and not getattr(args[0], "is_meta", False)
+    """Whether these are arguments that a launcher takes as they are: no subclass, no proxy, no symbolic number."""
+    return _PLAIN.issuperset(map(type, args))
 
 
 def is_transformed() -> bool:
@@ -45,19 +52,21 @@ def is_transformed() -> bool:
     return not _is_compiling() and (forward_ad._current_level >= 0 or peek_interpreter_stack() is not None)
 
 
-def launching(op: "Op") -> type[torch.autograd.Function]:
-    """The function whose forward is a launcher: apply(options, *tensors)."""
+def launching(op: "Op") -> Callable[..., Any]:
+    """The function whose forward is a launcher: called with ((options, tensors, Call), *all tensor arguments)."""
     count, save, differentiate = op.count, cast(Any, op.save), cast(Any, op.backward)
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+            options, there, shared = call
             args = tensors + options
-            outs = op.launch(args)
-            kept, ctx.consts = save(args, outs)
+            outs = backend.run(op, args, False, there, shared)
+            kept, consts = save(args, outs)
             ctx.save_for_backward(*kept)
             ctx.set_materialize_grads(False)
-            ctx.backend = backend.forced()  # on a GPU, backward runs in a thread that doesn't see the caller's context
+            # On a GPU, backward runs in a thread that doesn't see the caller's context.
+            ctx.consts = consts, backend.forced()
             public = op.public(args, outs)
             if isinstance(public, tuple):  # of several, the first is the value, the rest are indices or statistics
                 ctx.mark_non_differentiable(*public[1:])
@@ -67,11 +76,14 @@ def launching(op: "Op") -> type[torch.autograd.Function]:
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             if grads[0] is None:
                 return (None,) * (count + 1)
-            saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
-            return None, *once(lambda: differentiate(saved, ctx.consts, grads, needs), ctx.backend, op.name)
+            saved, needs, (consts, forced) = ctx.saved_tensors, ctx.needs_input_grad[1:], ctx.consts
+            return None, *once(lambda: differentiate(saved, consts, grads, needs), forced, op.name)
 
     _name(Function, op)
-    return Function
+    # Function.apply itself looks for transforms, of which there are none here, and unwraps what they left behind, which
+    # kernels take as it is: 7 µs for a dozen arguments.
+    apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply
+    return apply
 
 
 def once(backward: Callable[[], tuple[Tensor | None, ...]], forced: str, name: str) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ A GPU tries triton, then eager; the CPU tries cpp, then eager; a forced backend 
 
 import importlib
 import importlib.util
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -68,25 +69,43 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+# Options beyond these are spelled out in each call: a slope on a schedule must not fill the kernels' table.
+MOST_CALLS = 1024
+
+
+class Call:
+    """What all calls of an op share that have the same options and the same tensors present.
+
+    pick: takes the tensors that are there out of the arguments; maps: the places of the feature maps among them
+    number: of these options in the compiled kernel's table, None before its first run, -1 where the table is full
+    alone: whether the kernel of the first output alone will do
+    """
+
+    __slots__ = ("alone", "maps", "mask", "number", "pick")
+
+    def __init__(self, op: "Op", args: tuple[Any, ...]) -> None:
+        places = [i for i, t in enumerate(args[: op.count]) if t is not None]
+        if not places:
+            raise IndexError("no tensor")  # the op's check says it in better words
+        several = places if len(places) > 1 else [slice(i, i + 1) for i in places]
+        self.pick: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] = operator.itemgetter(*several)
+        self.maps = tuple(i for _, i in op.map_indices if args[i] is not None)
+        self.mask = sum(1 << i for i in places)
+        self.number: int | None = None
+        self.alone = False
+
+
 class Implementation:
     """How one backend runs one op: all outputs, or with `infer` the public ones alone."""
 
     def __init__(self, op: "Op", run: Callable[..., Any]) -> None:
         self.op, self.all = op, run
 
-    def run(self, args: tuple[Any, ...], tensors: list[Tensor], infer: bool) -> Any:
+    def run(self, args: tuple[Any, ...], tensors: tuple[Tensor, ...], infer: bool, call: Call) -> Any:
         """args: all arguments; tensors: those of them that are tensors."""
         self.op.check(*args)
         outs = self.all(*args)
         return self.op.public(args, outs) if infer else outs
-
-
-# Options beyond these are spelled out in each call: a slope on a schedule must not fill the kernels' table.
-_MOST_OPTIONS = 1024
-
-
-def _mask(tensors: tuple[Any, ...]) -> int:
-    return sum(1 << i for i, t in enumerate(tensors) if t is not None)
 
 
 class CppImplementation(Implementation):
@@ -95,35 +114,34 @@ class CppImplementation(Implementation):
 
     def __init__(self, op: "Op") -> None:
         functions = torch.ops.fused_attn_cpp
-        super().__init__(op, getattr(functions, op.name).default)
-        self.first = getattr(functions, op.name + "_infer").default if op.alone else None
+        # `_op` is what an overload calls: a frame less.
+        super().__init__(op, getattr(functions, op.name).default._op)
+        self.first = getattr(functions, op.name + "_infer").default._op if op.alone else None
         self.register = getattr(functions, op.name + "_options").default
         self.spelled = getattr(functions, op.name + "_spelled").default
-        self.numbers: dict[tuple[Any, ...], tuple[int, bool]] = {}
+        self.registered = 0
 
-    def number(self, args: tuple[Any, ...]) -> tuple[int, bool]:
-        """The number of these options, and whether the kernel of the first output alone will do."""
-        count = self.op.count
-        key = (*map(type, args[:count]), *args[count:])
-        found = self.numbers.get(key)
-        if found is None:
-            if len(self.numbers) >= _MOST_OPTIONS:
-                return -1, False
-            mask = _mask(args[:count])
-            alone = self.first is not None and self.op.alone(*args)  # type: ignore[misc]
-            found = self.numbers[key] = self.register(mask, *args[count:]), alone
-        return found
+    def _register(self, args: tuple[Any, ...], call: Call) -> int:
+        """Gives these options a number, where there is room."""
+        if self.registered >= MOST_CALLS:
+            call.number = -1
+        else:
+            call.alone = self.first is not None and self.op.alone(*args)  # type: ignore[misc]
+            call.number = self.register(call.mask, *args[self.op.count :])
+            self.registered += 1
+        return call.number
 
-    def run(self, args: tuple[Any, ...], tensors: list[Tensor], infer: bool) -> Any:
+    def run(self, args: tuple[Any, ...], tensors: tuple[Tensor, ...], infer: bool, call: Call) -> Any:
         # The kernel checks its arguments itself, in half a microsecond; Python repeats a complaint, in words that name
         # one.
         try:
-            number, alone = self.number(args)
-            if infer and alone:
+            number = call.number
+            if number is None:
+                number = self._register(args, call)
+            if infer and call.alone:
                 return self.first(tensors, number)  # type: ignore[misc]
-            count = self.op.count
             outs = (
-                self.all(tensors, number) if number >= 0 else self.spelled(tensors, _mask(args[:count]), *args[count:])
+                self.all(tensors, number) if number >= 0 else self.spelled(tensors, call.mask, *args[self.op.count :])
             )
         except (RuntimeError, TypeError):
             self.op.check(*args)
@@ -149,7 +167,10 @@ def _find(op: "Op", backend: str) -> Implementation | str:
     if backend == "cpp":
         if (why := extension()) is not None:
             return why
-        return CppImplementation(op) if hasattr(torch.ops.fused_attn_cpp, op.name) else "this op has no C++ kernel"
+        if not hasattr(torch.ops.fused_attn_cpp, op.name):
+            return "this op has no C++ kernel"
+        op.compiled = CppImplementation(op)
+        return op.compiled
     if (why := triton_missing()) is not None:
         return why
     module = op.eager.__module__ + "_triton"
@@ -247,21 +268,21 @@ def choose(op: "Op", args: tuple[Any, ...]) -> Choice:
     raise AssertionError("unreachable: eager accepts everything")
 
 
-def run(op: "Op", args: tuple[Any, ...], infer: bool, tensors: list[Tensor]) -> Any:
+def run(op: "Op", args: tuple[Any, ...], infer: bool, tensors: tuple[Tensor, ...], call: Call) -> Any:
     """Runs the chosen backend: all outputs, or with `infer` the public ones. tensors: the arguments that are
     tensors."""
     if not _observers and _forced.get() == "auto":
-        found = _found.get((op.name, "cpp"))
-        if type(found) is CppImplementation and tensors[0].is_cpu and tensors[0].dtype in _DTYPES:
-            for _, index in op.map_indices:
-                if args[index] is not None and not args[index].is_contiguous():
+        found = op.compiled
+        if found is not None and tensors[0].is_cpu and tensors[0].dtype in _DTYPES:
+            for i in call.maps:
+                if not args[i].is_contiguous():
                     break
             else:  # what `choose` would say, in a tenth of the time: this is the usual call
-                return found.run(args, tensors, infer)
+                return found.run(args, tensors, infer, call)
     choice = choose(op, args)
     chosen = implementation(op, choice.backend)
     assert not isinstance(chosen, str)
-    outs = chosen.run(args, tensors, infer)
+    outs = chosen.run(args, tensors, infer, call)
     for observer in _observers:
         observer(choice)
     return outs

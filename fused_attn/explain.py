@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import backend, plan
-from .convert import known, refusal, table
+from .convert import recognised, refusal, table
 
 __all__ = ["Explanation", "Line", "explain"]
 
@@ -133,8 +133,7 @@ def _track(root: Any, names: dict[int, str], running: list[str]) -> list[Any]:
 def not_fused(model: Any) -> list[Line]:
     """The gates of known classes in a model that aren't fused, each with its reason."""
     lines = []
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        rule = known(type(module))
+    for name, module, rule in recognised(model) if isinstance(model, nn.Module) else ():
         if rule is None or rule.tail is not None or isinstance(module, plan.Planned):
             continue
         lines.append(Line(name, "", "unfused", refusal(module, rule) or "not converted: call fuse_"))

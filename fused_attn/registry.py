@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C import _DisableAutocast
 
 from . import autograd, backend
-from .autograd import is_plain, is_transformed
+from .autograd import is_plain, is_transformed, is_watched
 
 __all__ = ["BLOCKS", "OPS", "Block", "Case", "Op", "case", "op"]
 
@@ -61,7 +61,7 @@ class Op:
         public: Callable[..., Any] | None,
         alone: Callable[..., bool] | None,
         maps: Sequence[str],
-        budget: Callable[..., tuple[int, int]] | None,
+        budget: Callable[..., tuple[float, float]] | None,
         reduces: Callable[..., int],
         cases: Sequence[Case],
     ) -> None:
@@ -85,6 +85,8 @@ class Op:
         LIB.impl(self.name, lambda *args: self.launch(self.bind(args, {})), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fused_attn::{self.name}", self.eager, lib=LIB)
         self._launching = autograd.launching(self) if backward else None
+        self.compiled: backend.CppImplementation | None = None  # once it is loaded
+        self._calls: dict[tuple[Any, ...], backend.Call] = {}
         self._transformed = autograd.transformed(self)
         autograd.register(self, LIB)
         OPS[self.name] = self
@@ -92,36 +94,65 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != self.arity:
             args = self.bind(args, kwargs)
-        if not is_plain(args):
-            outs = (self._transformed.apply if is_transformed() else self.overload)(*args)
-            return self.public(args, outs)
-        count = self.count
-        tensors = [t for t in args[:count] if t is not None]
         try:
+            if is_watched():
+                return self._watched(args)
+            call = self.call(args)
+            if call is None or args[0].is_meta:
+                return self._watched(args)
+            tensors = call.pick(args)
             if torch.is_grad_enabled():
                 for t in tensors:
                     if t.requires_grad:
                         if self._launching is None:
                             raise autograd.no_second(self)
-                        return self._launching.apply(args[count:], *args[:count])
-            return backend.run(self, args, True, tensors)
+                        return self._launching((args[self.count :], tensors, call), *args[: self.count])
+            return backend.run(self, args, True, tensors, call)
         except (AttributeError, IndexError, RuntimeError):
             self.check(*args)  # something that isn't a tensor, or not a dense one, stands where one is expected
             raise
+
+    def _watched(self, args: tuple[Any, ...]) -> Any:
+        """The call that somebody watches, or whose arguments aren't plain."""
+        outs = (self._transformed.apply if is_transformed() else self.overload)(*args)
+        return self.public(args, outs)
+
+    def call(self, args: tuple[Any, ...]) -> backend.Call | None:
+        """What all calls with arguments of these types, and these options, share; None where no launcher takes them."""
+        key = (*map(type, args[: self.count]), *args[self.count :])
+        try:
+            return self._calls[key]
+        except KeyError:
+            pass
+        except TypeError:  # an option that has no hash is none
+            return None
+        if not is_plain(args):
+            return None
+        call = backend.Call(self, args)
+        if len(self._calls) < backend.MOST_CALLS:
+            self._calls[key] = call
+        return call
 
     def __repr__(self) -> str:
         return f"<fused_attn op {self.schema}>"
 
     def launch(self, args: tuple[Any, ...]) -> Any:
         """Runs one backend on plain tensors, recording nothing, and returns all outputs."""
-        return backend.run(self, args, False, [t for t in args[: self.count] if t is not None])
+        call = self.call(args) or backend.Call(self, args)
+        return backend.run(self, args, False, call.pick(args), call)
 
     def public(self, args: tuple[Any, ...], outs: Any) -> Any:
         """What the caller of the public function sees of all outputs of the operator."""
         return self._public(args, outs) if self._public else outs
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments by position, defaults filled in. Raises TypeError as a call of the function would."""
+        """All arguments by position, defaults filled in. Raises TypeError as a call of the function would.
+
+        A string where an optional tensor could stand is the first option: the tensors left out are None.
+        """
+        first = next((i for i, a in enumerate(args[1 : self.count], 1) if type(a) is str), self.count)
+        if first < self.count and all(d is None for d in self._defaults[first : self.count]):
+            args = (*args[:first], *self._defaults[first : self.count], *args[first:])
         if not kwargs and len(args) < self.arity and self._defaults[len(args)] is not inspect.Parameter.empty:
             return args + self._defaults[len(args) :]
         bound = self.__signature__.bind(*args, **kwargs)
@@ -138,7 +169,7 @@ def op(
     public: Callable[..., Any] | None = None,
     alone: Callable[..., bool] | None = None,
     maps: Sequence[str] = ("x",),
-    budget: Callable[..., tuple[int, int]] | None = None,
+    budget: Callable[..., tuple[float, float]] | None = None,
     reduces: Callable[..., int] = lambda *args: 1,
     cases: Sequence[Case] = (),
 ) -> Callable[[Callable[..., Any]], Op]:

@@ -25,9 +25,9 @@ def launches(monkeypatch):
     seen = []
     run = backend.run
 
-    def recording(op, args, infer, tensors):
+    def recording(op, args, *rest):
         seen.append((op, args))
-        return run(op, args, infer, tensors)
+        return run(op, args, *rest)
 
     monkeypatch.setattr(backend, "run", recording)
     return seen

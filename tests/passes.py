@@ -169,9 +169,9 @@ def _serve(library, requests):
     launches = []
     run = backend.run
 
-    def measured(self, args, infer, given):
+    def measured(self, args, infer, *given):
         before = cpp._count_read(), cpp._count_write()
-        outs = run(self, args, infer, given)
+        outs = run(self, args, infer, *given)
         x = args[0]
         units = [
             (now - then) / x.numel() for now, then in zip((cpp._count_read(), cpp._count_write()), before, strict=True)
@@ -196,6 +196,9 @@ def _serve(library, requests):
             for _ in range(request.get("repeat", 1)):
                 op(*args)
             answer["inference"] = asdict(_total(cpp, numel, Passes()))
+            if op.formula is None:  # half of a backward: there is no gradient of it
+                answers.append(answer)
+                continue
             leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
             cpp._count_reset()
             out = op(*leaves)

@@ -249,7 +249,12 @@ def test_watcher_sees_the_operator(op, watcher):
 @pytest.mark.filterwarnings("ignore")
 def test_watcher_can_fail(watcher, monkeypatch):
     """With the raw launcher in place of the operator, each of these tests fails."""
+    monkeypatch.setattr(registry, "is_watched", lambda: False)
     monkeypatch.setattr(registry, "is_plain", lambda args: True)
+    for op in OPS.values():
+        monkeypatch.setattr(op, "_calls", {})
+    if watcher is by_meta:
+        monkeypatch.setattr(torch.Tensor, "is_meta", False)
     with pytest.raises((Exception, pytest.fail.Exception)):
         watcher(ops.scale)
 
@@ -270,11 +275,28 @@ def test_plain_tensors_take_the_launcher(launches):
     assert ops.scale(args[0], torch.nn.Parameter(args[1]), *args[2:]).grad_fn is not None
 
 
+@per_op
+def test_what_outlived_a_transform(op):
+    """A tensor that leaked out of functorch is a wrapper without a level: the numbers are those of what it wraps."""
+    x, *rest = arguments(op)
+    leaked = []
+
+    def leaking(x):
+        leaked.append(x * 2)
+        return x.sum()
+
+    torch.func.grad(leaking)(x)
+    want = first(op(x * 2, *rest))
+    assert torch.equal(first(op(leaked[0], *rest)), want)
+    weighted = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) else t for t in rest]
+    if any(isinstance(t, torch.Tensor) for t in rest):
+        assert torch.equal(first(op(leaked[0], *weighted)), want)
+
+
 def test_modes_end():
-    args = tuple(arguments(ops.scale))
     with DispatchLog():
-        assert not registry.is_plain(args)
-    assert registry.is_plain(args)
+        assert registry.is_watched()
+    assert not registry.is_watched()
 
 
 def test_keywords_and_defaults_bind():

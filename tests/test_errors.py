@@ -12,7 +12,13 @@ from fused_attn import OPS, ops, testing, use_backend
 
 BACKENDS = testing.candidates()
 FORMULAS = [op for op in OPS.values() if op.formula is not None]
-NEEDED = {"scale": ("gate",), "shared_mlp": ("w1",), "pool_mlp_scale": ("w1",)}
+NEEDED = {
+    "scale": ("gate",),
+    "soft_threshold": ("tau",),
+    "map_scale": ("z",),
+    "shared_mlp": ("w1",),
+    "pool_mlp_scale": ("w1",),
+}
 
 
 def good(op, **changes):
@@ -20,6 +26,8 @@ def good(op, **changes):
     shapes = {
         "channel_pool": dict(x=(2, 6, 5, 5)),
         "scale": dict(x=(2, 6, 5, 5), gate=(2, 6)),
+        "map_scale": dict(x=(2, 6, 5, 5), z=(2, 6, 5, 5)),
+        "soft_threshold": dict(x=(2, 6, 5, 5), tau=(2, 6)),
         "shared_mlp": dict(pooled=(2, 6), w1=(4, 6), b1=(4,), w2=(6, 4), b2=(6,)),
         "pool_mlp_scale": dict(x=(2, 6, 5, 5), w1=(4, 6), b1=(4,), w2=(6, 4), b2=(6,)),
     }
@@ -29,7 +37,7 @@ def good(op, **changes):
 
 X = [op.name for op in FORMULAS if op.arguments[0] == "x"]
 MLP = ["shared_mlp", "pool_mlp_scale"]
-RESIDUAL = ["scale", "pool_mlp_scale"]
+RESIDUAL = ["scale", "pool_mlp_scale", "soft_threshold"]
 t = torch.ones
 F64, I64 = torch.float64, torch.int64
 # (which ops, the changed arguments, the kind of error, what the message must hold)
@@ -46,6 +54,11 @@ BAD = {
     "gate of other batch": (["scale"], dict(gate=t(1, 6)), ValueError, ["gate", "(2, 6)", "(1, 6)"]),
     "gate of integers": (["scale"], dict(gate=t(2, 6, dtype=I64)), TypeError, ["gate", "int64"]),
     "gate elsewhere": (["scale"], dict(gate=t(2, 6, device="meta")), ValueError, ["gate", "cpu", "meta"]),
+    "thresholds of other channels": (["soft_threshold"], dict(tau=t(2, 5)), ValueError, ["tau", "(2, 6)", "(2, 5)"]),
+    "thresholds of other batch": (["soft_threshold"], dict(tau=t(3)), ValueError, ["tau", "(2,)", "(3,)"]),
+    "logits of other shape": (["map_scale"], dict(z=t(2, 6, 5, 4)), ValueError, ["z", "5, 5)", "(2, 6, 5, 4)"]),
+    "logits of other dtype": (["map_scale"], dict(z=t(2, 6, 5, 5, dtype=F64)), TypeError, ["z", "float32", "float64"]),
+    "norm": (["map_scale"], dict(norm="layer"), ValueError, ["norm", "channels", "layer"]),
     "residual of other shape": (RESIDUAL, dict(residual=t(2, 6, 5, 4)), ValueError, ["5, 5)", "(2, 6, 5, 4)"]),
     "residual of other dtype": (RESIDUAL, dict(residual=t(2, 6, 5, 5, dtype=F64)), TypeError, ["residual", "64"]),
     "residual elsewhere": (RESIDUAL, dict(residual=t(2, 6, 5, 5, device="meta")), ValueError, ["residual", "meta"]),

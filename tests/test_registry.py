@@ -36,7 +36,9 @@ def test_declaration_is_complete(op):
     assert torch._C._dispatch_has_kernel(f"fused_attn::{op.name}")
     assert re.fullmatch(r"[a-z][a-z_]*", op.name)
     assert (op.formula is None) == (op.backward is None) == (op.save is None) == (not op.cases)
-    assert all(isinstance(n, int) for case in op.cases for n in op.budget(*testing.draw(case, op, device="meta")))
+    assert all(
+        isinstance(n, int | float) for case in op.cases for n in op.budget(*testing.draw(case, op, device="meta"))
+    )
 
 
 @pytest.mark.parametrize("op", FORMULAS, ids=names)
@@ -104,13 +106,16 @@ def test_backward_says_what_it_is(op):
 
 
 def test_backwards_are_reached(launches):
-    """No operator without a use: each one runs in the backward of some case, or in that of `pool_scale`."""
+    """No operator without a use: each one runs in the backward of some case, or in that of a function around both
+    ends."""
     for op in FORMULAS:
         for case in op.cases:
             if "bench" not in case.tags:
                 testing.answer(op, testing.draw(case, op))
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     ops.pool_scale(x, torch.sigmoid, pool="max", ties="first").sum().backward()
+    ops.pool_soft_threshold(x, torch.sigmoid).sum().backward()
+    ops.branch_softmax(x, excite=torch.sigmoid).sum().backward()
     assert set(OPS) == {op.name for op, _ in launches}
 
 

@@ -177,8 +177,8 @@ def map_launches(size, kind, dtype, act="relu", n=2, c=64):
     aux = activations.needs_aux(act, True) and residual
     run("channel_pool", x, "mean", "split", False)
     run("channel_pool", x, "mean_max", "first", True)
-    run("scale", x, gate, residual, act, 0.01)
-    run("scale_bwd", x, gate, aux, dy, act, 0.01, True)
+    run("scale", x, gate, residual, None, act, 0.01, "product")
+    run("scale_bwd", x, gate, aux, None, dy, act, 0.01, "product", True)
     run("pool_scale_reduce", x, dy, gate, aux, both[1], act, 0.01, "mean_max", "split", True)
     run("pool_scale_apply", x, dy, gate, both, both[1], index, gate, act, 0.01, "mean_max", "split")
     run("pool_scale_apply", x, dy, gate, both[0], both[1], index, gate, "identity", 0.01, "mean", "split")
@@ -209,7 +209,7 @@ def test_every_kernel(caught, target):
     map_launches(49, "planes", BF16)
     run("channel_pool", empty((1, 8, 56, 56), BF16, "pixels"), "mean_max", "first", True)  # split, so merged
     x = empty((1, 8, 56, 56), F32, "pixels")
-    run("scale_bwd", x, empty((1, 8), F32), None, x, "identity", 0.01, False)
+    run("scale_bwd", x, empty((1, 8), F32), None, None, x, "identity", 0.01, "product", False)
     mlp_launches(8, 256, 16, F32)
     assert {launch.kernel.__name__ for launch in caught} == set(KERNELS), "kernels without a test"
     seen = set()

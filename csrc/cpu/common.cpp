@@ -103,7 +103,7 @@ std::vector<Map> maps_of(std::initializer_list<const Tensor*> tensors) {
   STD_TORCH_CHECK(false, "no common memory format");
 }
 
-static Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) {
+Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
@@ -122,8 +122,14 @@ Tensor new_dense(std::initializer_list<int64_t> shape, ScalarType dtype) {
     strides[d] = step;
     step *= std::max<int64_t>(shape.begin()[d], 1);
   }
-  return empty_strided(shape.begin(), strides, dim, dtype);
+  return new_strided(shape.begin(), strides, dim, dtype);
 }
+
+Tensor new_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
+  return empty_strided(shape.data(), strides.data(), int64_t(shape.size()), dtype);
+}
+
+bool walks_planes(const Tensor& x) { return map_as(x, false).has_value(); }
 
 Tensor new_like(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
@@ -140,7 +146,7 @@ Tensor new_like(const Tensor& x) {
     next(0);
   }
   if (!dense) return torch::stable::empty_like(x);
-  return empty_strided(sizes.data(), strides.data(), x.dim(), x.scalar_type());
+  return new_strided(sizes.data(), strides.data(), x.dim(), x.scalar_type());
 }
 
 template <class A, class T>
@@ -193,7 +199,7 @@ Filled<A>::Filled(const Tensor& t) {
     strides[d] = step;
     step *= std::max<int64_t>(sizes[d], 1);
   }
-  out_ = empty_strided(sizes.data(), strides.data(), int64_t(sizes.size()), t.scalar_type());
+  out_ = new_strided(sizes.data(), strides.data(), int64_t(sizes.size()), t.scalar_type());
   if (t.scalar_type() == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float))
     data_ = static_cast<A*>(out_.data_ptr());
   else

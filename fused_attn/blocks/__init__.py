@@ -1,6 +1,21 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
-from . import tails  # noqa: F401  (registers its rules)
+from . import se_source, tails  # noqa: F401  (they register rules)
+from .cbam import CBAM
+from .eca import ECA
+from .pyramid_squeeze import PyramidSqueezeAttention
+from .selective_kernel import SelectiveKernel
+from .shrinkage import Shrinkage
+from .split_attention import SplitAttention
 from .squeeze_excite import EffectiveSE, SqueezeExcite
 
-__all__ = ["EffectiveSE", "SqueezeExcite"]
+__all__ = [
+    "CBAM",
+    "ECA",
+    "EffectiveSE",
+    "PyramidSqueezeAttention",
+    "SelectiveKernel",
+    "Shrinkage",
+    "SplitAttention",
+    "SqueezeExcite",
+]

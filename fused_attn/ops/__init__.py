@@ -1,9 +1,37 @@
 """The hot paths. Each public name is an `Op`: call it like a function."""
 
+from .branch_pool import branch_pool
+from .branch_scale import branch_scale
+from .branch_softmax import branch_softmax
 from .channel_pool import channel_pool
+from .dual_scale import dual_scale
+from .group_similarity_scale import group_similarity_scale
+from .map_scale import map_scale
+from .plane_gate_shuffle import plane_gate_shuffle
+from .pool_conv_scale import pool_conv_scale
 from .pool_mlp_scale import pool_mlp_scale
 from .pool_scale import pool_scale
+from .pool_soft_threshold import pool_soft_threshold
 from .scale import scale
 from .shared_mlp import shared_mlp
+from .soft_threshold import soft_threshold
+from .spatial_pool import spatial_pool
 
-__all__ = ["channel_pool", "pool_mlp_scale", "pool_scale", "scale", "shared_mlp"]
+__all__ = [
+    "branch_pool",
+    "branch_scale",
+    "branch_softmax",
+    "channel_pool",
+    "dual_scale",
+    "group_similarity_scale",
+    "map_scale",
+    "plane_gate_shuffle",
+    "pool_conv_scale",
+    "pool_mlp_scale",
+    "pool_scale",
+    "pool_soft_threshold",
+    "scale",
+    "shared_mlp",
+    "soft_threshold",
+    "spatial_pool",
+]

@@ -33,13 +33,19 @@ def run(
     """
     if torch.compiler.is_compiling():
         gate, statistics = split(excite(*descriptors, *params))
+        checks.shaped("excite's gate", gate, shape, what)
     else:
         with torch.enable_grad():
             gate, statistics = split(excite(*descriptors, *(q.detach() for q in params)))
-        if gate.requires_grad:
-            raise ValueError("excite must get tensors that need a gradient through params; it closes over one")
-    checks.shaped("excite's gate", gate, shape, what)
+        complete(gate, shape, what)
     return gate, statistics
+
+
+def complete(gate: Tensor, shape: Sequence[int], what: str) -> None:
+    """Raises ValueError for a gate of another shape, or one that depends on a tensor which isn't in params."""
+    if gate.requires_grad:
+        raise ValueError("excite must get tensors that need a gradient through params; it closes over one")
+    checks.shaped("excite's gate", gate, shape, what)
 
 
 def gradient(

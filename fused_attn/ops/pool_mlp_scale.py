@@ -74,7 +74,7 @@ def _formula(x: Tensor, *args: object) -> Tensor | tuple[Tensor, Tensor]:
     p, _, _ = descriptor(x, max_weight, ties)  # type: ignore[arg-type]
     out = gates(p, *network)
     gate, *stats = out if isinstance(out, tuple) else (out,)
-    y = scaled(x, gate, residual, epilogue, epilogue_slope)  # type: ignore[arg-type]
+    y = scaled(x, gate, residual, None, epilogue, epilogue_slope)  # type: ignore[arg-type]
     return (y, stats[0]) if stats else y
 
 
@@ -188,7 +188,7 @@ def pool_mlp_scale(
               act, gate, slope, norm, eps).cast(acc)  # fmt: skip
     p, maxima, index = descriptor(x, max_weight, ties)
     u, z = mlp.logits(p)
-    y = like(x, scaled(x, mlp.gates(u), residual, epilogue, epilogue_slope))
+    y = like(x, scaled(x, mlp.gates(u), residual, None, epilogue, epilogue_slope))
     parts = [p.flatten()]
     if maxima is not None and keeps_max(max_weight, ties):
         parts.append(maxima.flatten())

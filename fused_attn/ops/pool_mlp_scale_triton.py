@@ -34,7 +34,7 @@ def pool_mlp_scale(x: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
         else:
             p.mul_(1 - max_weight).add_(largest, alpha=max_weight)  # type: ignore[operator]
     mlp_into(p.view(1, n, c), mlp, gate, state)
-    return scale(x, gate, residual, epilogue, slope), saved, index  # type: ignore[arg-type]
+    return scale(x, gate, residual, None, epilogue, slope, "product"), saved, index  # type: ignore[arg-type]
 
 
 def pool_mlp_scale_bwd(

@@ -8,7 +8,7 @@ from fused_attn import backend, ops
 
 def test_a_slope_on_a_schedule(monkeypatch):
     x, gate = torch.randn(1, 2, 3, 3), torch.rand(1, 2)
-    monkeypatch.setattr(backend, "_MOST_OPTIONS", 0)
+    monkeypatch.setattr(backend, "MOST_CALLS", 0)
     for slope in (0.1, 0.2, 0.3):
         want = torch.nn.functional.leaky_relu(x * gate[..., None, None], slope)
         torch.testing.assert_close(ops.scale(x, gate, None, "leaky_relu", slope), want)
@@ -20,4 +20,5 @@ def test_the_table_stays_small():
     x, gate = torch.randn(1, 2, 3, 3), torch.rand(1, 2)
     for i in range(5000):
         ops.scale(x, gate, None, "leaky_relu", i * 1e-5)
-    assert len(backend.implementation(ops.scale, "cpp").numbers) <= backend._MOST_OPTIONS
+    assert backend.implementation(ops.scale, "cpp").registered <= backend.MOST_CALLS
+    assert len(ops.scale._calls) <= backend.MOST_CALLS

@@ -1,0 +1,303 @@
+enum class Job { sums, apply };
+
+template <class V>
+struct Factor {
+  V f, by_gate, by_pixel;  // f and its derivatives
+};
+// Product: the merge of networks that are in a hurry; the others share code that looks at `merge` as it goes.
+template <class V, bool Product>
+FA_INLINE Factor<V> factor_of(Merge merge, V gate, V pixel) {
+  if constexpr (Product) return {gate * pixel, pixel, gate};
+  const bool product = merge == Merge::sigmoid_product;
+  const V one = set<V>(1), both = product ? gate * pixel : gate + pixel;
+  if (merge == Merge::sum) return {both, one, one};
+  const V s = sigmoid_of<V>(both), d = s * (1 - s);
+  return {1 + s, product ? d * pixel : d, product ? d * gate : d};
+}
+
+// y = act(x·f + residual) over a row.
+template <class T, bool Product, bool Planes>
+struct ScaleRow {
+  using A = Acc<T>;
+  const T *x, *residual;
+  T* y;
+  const A *gate, *pixel;
+  Merge merge;
+  Act act;
+  A slope;
+  bool stream;
+
+  template <class V>
+  FA_INLINE void at(int64_t i) {
+    if constexpr (is_vector<V>) {
+      soon(x + i);
+      if (!stream) soon_written(y + i);
+      if (residual) soon(residual + i);
+    }
+    const V g = Planes ? set<V>(*gate) : get<V>(gate + i), p = Planes ? get<V>(pixel + i) : set<V>(*pixel);
+    V v = load<V>(x + i) * factor_of<V, Product>(merge, g, p).f;
+    if (residual) v = v + load<V>(residual + i);
+    if (act == Act::relu)
+      v = select(v <= V{}, V{}, v);
+    else if (act != Act::identity)
+      v = activate<V>(act, v, set<V>(slope));
+    store<V>(y + i, v, stream);
+  }
+};
+
+template <class T, bool Product>
+void scale_rows(const Map& x, const Map& residual, const Map& y, Range rows, const Acc<T>* gate, const Acc<T>* pixel,
+                Merge merge, Act act, Acc<T> slope) {
+  const bool stream = streams<T>(y);
+  Place at(rows.begin, x.pixels ? x.s : x.c);
+  for (int64_t r = rows.begin; r < rows.end; ++r, at.next()) {
+    const int64_t n = at.outer, i = at.inner;
+    if (x.pixels) {
+      ScaleRow<T, Product, false> f{x.pixel<const T>(n, i), residual.data ? residual.pixel<const T>(n, i) : nullptr,
+                                    y.pixel<T>(n, i), gate + n * x.c, pixel + r, merge, act, slope, stream};
+      each<Acc<T>>(x.c, f);
+    } else {
+      ScaleRow<T, Product, true> f{x.plane<const T>(n, i), residual.data ? residual.plane<const T>(n, i) : nullptr,
+                                   y.plane<T>(n, i), gate + r, pixel + n * x.s, merge, act, slope, stream};
+      each<Acc<T>>(x.s, f);
+    }
+  }
+  streamed(stream);
+}
+
+// R rows side by side, so that the arrays over columns are loaded and stored once for them.
+template <class T, bool Product, Job J, bool Planes, int R>
+struct Rows {
+  using A = Acc<T>;
+  using I = Integer<A>;
+  const T *x[R], *dy[R], *aux[R];
+  T *kept[R], *dx[R];
+  const A *gate, *pixel, *mean, *share, *top, *first;
+  const I* place;
+  const A *add, *split, *max, *sign, *weight, *projected;
+  int64_t channel;  // of the first row, of planes
+  int64_t ahead;
+  Merge merge;
+  Act act;
+  A slope;
+  bool output, stream, reads, sums, counts;
+  A *total, *seen;  // over columns
+
+  // A value per channel (or per pixel) is one per row or one per column.
+  template <bool Channel, class V>
+  FA_INLINE V of(const A* p, int j, int64_t i) const {
+    return Channel == Planes ? set<V>(p[j]) : get<V>(p + i);
+  }
+  template <class V>
+  FA_INLINE V gradient(V v, V f, int j, int64_t i) const {
+    const V e = load<V>(dy[j] + i);
+    if (act == Act::identity) return e;
+    if (act == Act::relu && aux[j]) return select(load<V>(aux[j] + i) <= V{}, V{}, e);
+    V u = v * f;
+    if (aux[j]) {
+      const V k = load<V>(aux[j] + i);
+      u = output ? k : u + k;
+    }
+    const V d = derivative<V>(act, u, set<V>(slope));
+    return select(d == V{}, V{}, e * d);  // a cut gradient is 0, whatever was cut
+  }
+  // Whether column i of row j is the pixel's chosen channel.
+  template <class V>
+  FA_INLINE auto chosen(int j, int64_t i) const {
+    if constexpr (Planes) {
+      Integer<V> p;
+      std::memcpy(&p, place + i, sizeof(p));
+      return p == Integer<V>{} + I(channel + j);
+    } else {
+      return to_integer(lanes_from_zero<V>()) + I(i) == Integer<V>{} + place[j];
+    }
+  }
+  // dx before the maxima of channels that go to one pixel.
+  template <class V>
+  FA_INLINE V applied(int j, int64_t i, V v, V& h) const {
+    V out;
+    if constexpr (Product) {
+      const V g = of<true, V>(gate, j, i), p = of<false, V>(pixel, j, i);
+      h = dy[j] ? gradient<V>(v, g * p, j, i) * p : V{};
+      if (mean) h = h + of<false, V>(mean, j, i);
+      if (share) {
+        const V m = of<false, V>(top, j, i), part = of<false, V>(share, j, i);
+        h = h + select(v * g == m, part, select(m == m, V{}, m));  // NaN where the maximum is: nothing equals it
+      }
+      if (first) h = h + select(chosen<V>(j, i), of<false, V>(first, j, i), V{});
+      out = h * g;
+    } else {
+      const auto f = factor_of<V, false>(merge, of<true, V>(gate, j, i), of<false, V>(pixel, j, i)).f;
+      h = gradient<V>(v, f, j, i);
+      out = h * f;
+    }
+    if (add) out = out + of<true, V>(add, j, i);
+    if (split) {
+      const V m = of<true, V>(max, j, i), part = of<true, V>(split, j, i);
+      out = out + select(v == m, part, select(m == m, V{}, m));
+    }
+    if (sign) {
+      const V s = of<true, V>(sign, j, i);
+      out = out + select(v > V{}, s, select(v < V{}, -s, V{}));
+    }
+    if (projected) out = out + of<true, V>(weight, j, i) * of<false, V>(projected, j, i);
+    return out;
+  }
+  template <class V>
+  FA_INLINE void step(int64_t i, V (&by_row)[R], V (&more_by_row)[R]) const {
+    V column{}, more{};
+    if constexpr (is_vector<V>) {
+      FA_UNROLL
+      for (int j = 0; j < R; ++j) element<V>(j, i, by_row[j], more_by_row[j], column, more);
+    } else {
+      FA_ROLLED
+      for (int j = 0; j < R; ++j) element<V>(j, i, by_row[j], more_by_row[j], column, more);
+    }
+    if (total) put<V>(total + i, get<V>(total + i) + column);
+    if (seen) put<V>(seen + i, get<V>(seen + i) + more);
+  }
+  template <class V>
+  FA_INLINE void element(int j, int64_t i, V& by_row, V& more_by_row, V& column, V& more) const {
+    {
+      if constexpr (is_vector<V>) {
+        if (dy[j]) soon_after(dy[j] + i);
+        if (reads) soon_after(x[j] + i);
+        if (aux[j]) soon_after(aux[j] + i);
+        if (dx[j] && !stream) soon_written(dx[j] + i);
+      }
+      if constexpr (J == Job::sums) {
+        const V v = load<V>(x[j] + i), g = of<true, V>(gate, j, i), p = of<false, V>(pixel, j, i);
+        const auto f = factor_of<V, Product>(merge, g, p);
+        const V e = gradient<V>(v, f.f, j, i), t = e * v, by_gate = t * f.by_gate, by_pixel = t * f.by_pixel;
+        by_row = by_row + (Planes ? by_gate : by_pixel);
+        column = column + (Planes ? by_pixel : by_gate);
+        if (counts) {
+          const V one = select(v * g == of<false, V>(top, j, i), set<V>(1), V{});
+          if constexpr (Planes)
+            more = more + one;
+          else
+            more_by_row = more_by_row + one;
+        }
+        if (kept[j]) store<V>(kept[j] + i, e);
+        if (dx[j]) store<V>(dx[j] + i, e * f.f, stream);
+      } else {
+        const V v = reads ? load<V>(x[j] + i) : V{};
+        V h;
+        if (sums) {
+          const V out = applied<V>(j, i, v, h);
+          const V t = v * h;
+          by_row = by_row + t;
+          column = column + t;
+          if (counts) {
+            const V one = select(v == of<true, V>(max, j, i), set<V>(1), V{});
+            more_by_row = more_by_row + one;
+            more = more + one;
+          }
+          if (dx[j]) store<V>(dx[j] + i, out, stream);
+        } else {
+          store<V>(dx[j] + i, applied<V>(j, i, v, h), stream);
+        }
+      }
+    }
+  }
+  FA_INLINE void soon_after(const T* p) const {
+#if defined(__GNUC__)
+    __builtin_prefetch(p + ahead, 0, 3);
+#endif
+  }
+
+  // Sums over the rows go to by_row and more_by_row, where those are wanted.
+  FA_INLINE void run(int64_t n, A* by_row, A* more_by_row) const {
+    using V = Vec<A>;
+    V whole[R] = {}, more[R] = {};
+    A rest[R] = {}, rest_more[R] = {};
+    double aside[R] = {};  // as in channel_pool.kernels.h
+    int64_t i = 0;
+    for (;;) {
+      const int64_t stop = std::min<int64_t>(n, i + 4096);
+      for (; i + width<A> <= stop; i += width<A>) step<V>(i, whole, more);
+      if (n - i < width<A>) break;
+      for (int j = 0; j < R; ++j) aside[j] += sum(whole[j]), whole[j] = V{};
+    }
+    for (; i < n; ++i) step<A>(i, rest, rest_more);
+    for (int j = 0; j < R; ++j) {
+      if (by_row) by_row[j] = A(aside[j] + (sum(whole[j]) + rest[j]));
+      if (more_by_row) more_by_row[j] = sum(more[j]) + rest_more[j];
+    }
+  }
+};
+
+template <class T, bool Product, Job J, bool Planes, int R>
+FA_INLINE Rows<T, Product, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64_t row, Acc<T>* total, Acc<T>* seen) {
+  using A = Acc<T>;
+  const Map& x = d.x;
+  Rows<T, Product, J, Planes, R> f;
+  const auto at = [&](const Map& m, int j) -> const T* {
+    if (!m.data) return nullptr;
+    return Planes ? m.plane<const T>(n, row + j) : m.pixel<const T>(n, row + j);
+  };
+  for (int j = 0; j < R; ++j) {
+    f.x[j] = at(x, j), f.dy[j] = at(d.dy, j), f.aux[j] = at(d.aux, j);
+    f.kept[j] = const_cast<T*>(at(d.kept, j)), f.dx[j] = const_cast<T*>(at(d.dx, j));
+  }
+  const int64_t channels = n * x.c + (Planes ? row : 0), pixels = n * x.s + (Planes ? 0 : row);
+  const auto channel = [&](const A* p) { return p ? p + channels : nullptr; };
+  const auto pixel = [&](const A* p) { return p ? p + pixels : nullptr; };
+  f.gate = channel(d.gate), f.pixel = pixel(d.pixel);
+  f.mean = pixel(d.mean), f.share = pixel(d.share), f.top = pixel(d.top), f.first = pixel(d.first);
+  f.place = d.place ? d.place + pixels : nullptr;
+  f.add = channel(d.back.add), f.split = channel(d.back.share), f.max = channel(d.back.max);
+  f.sign = channel(d.back.sign), f.weight = d.weight ? d.weight + (Planes ? row : 0) : nullptr;
+  f.projected = pixel(d.projected);
+  f.channel = row;
+  // The same columns of the next rows, where those are near; else 2 KB on, as elsewhere.
+  const int64_t step = R * (Planes ? x.sc : x.ss);
+  f.ahead = step * int64_t(sizeof(T)) <= 16384 ? step : 2048 / int64_t(sizeof(T));
+  f.merge = d.merge, f.act = d.act, f.slope = d.slope, f.output = from_output(d.act), f.stream = d.dx.data && streams<T>(d.dx);
+  f.sums = d.dgate != nullptr;
+  f.reads = J == Job::sums || d.act != Act::identity || f.sums || f.share || f.split || f.sign;
+  f.counts = J == Job::sums ? d.shared != nullptr : d.count != nullptr;
+  f.total = total, f.seen = seen;
+  return f;
+}
+
+// Rows [rows.begin, rows.end) of sample n; sums over columns go to total and seen, where those are wanted.
+template <class T, bool Product, Job J, bool Planes>
+void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen) {
+  using A = Acc<T>;
+  const int64_t columns = Planes ? d.x.s : d.x.c, every = Planes ? d.x.c : d.x.s;
+  for (A* p : {total, seen})
+    if (p)
+      for (int64_t i = 0; i < columns; ++i) p[i] = 0;
+  A* by_row = Planes ? d.dgate : d.dpixel;
+  A* more = Planes ? d.count : d.shared;
+  int64_t r = rows.begin;
+  const auto to = [&](A* p) { return p ? p + n * every + r : nullptr; };
+  constexpr int64_t R = Product ? 4 : 1;
+  for (; R > 1 && r + R <= rows.end; r += R)
+    rows_at<T, Product, J, Planes, R>(d, n, r, total, seen).run(columns, to(by_row), to(more));
+  for (; r < rows.end; ++r) rows_at<T, Product, J, Planes, 1>(d, n, r, total, seen).run(columns, to(by_row), to(more));
+  if constexpr (J == Job::apply) {
+    streamed(d.dx.data && streams<T>(d.dx));
+    if (!d.back.first || !d.dx.data) return;
+    // Few elements: what their passing wrote is computed again, so that it isn't rounded twice.
+    const auto add = [&](int64_t row, int64_t column, int64_t c) {
+      const auto f = rows_at<T, Product, J, Planes, 1>(d, n, row, nullptr, nullptr);
+      A h;
+      const A v = f.reads ? load<A>(f.x[0] + column) : A(0);
+      f.dx[0][column] = static_cast<T>(f.template applied<A>(0, column, v, h) + d.back.first[n * d.x.c + c]);
+    };
+    const int64_t* index = d.back.index + n * d.x.c;
+    if constexpr (Planes) {
+      for (int64_t c = rows.begin; c < rows.end; ++c) add(c, index[c], c);
+    } else {
+      for (int64_t c = 0; c < columns; ++c)
+        if (index[c] >= rows.begin && index[c] < rows.end) add(index[c], c, c);
+    }
+  }
+}
+
+template <class T, bool Product, bool Sums, bool Planes>
+void dual_pass(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen) {
+  dual_rows<T, Product, Sums ? Job::sums : Job::apply, Planes>(d, n, rows, total, seen);
+}

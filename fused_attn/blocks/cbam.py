@@ -1,0 +1,467 @@
+"""CBAM: a gate per channel from the mean and the maximum of its pixels, then a gate per pixel from those of its channels.
+
+    gate[n, c]  = g(MLP(mean_s x) + MLP(max_s x))                  MLP(p) = W2 act(W1 p + b1) + b2
+    pixel[n, s] = g(norm(conv([mean_c x·gate, max_c x·gate])))     y = x·gate·pixel
+
+Woo et al., "CBAM: Convolutional Block Attention Module", arXiv:1807.06521, eq. 1–3.
+
+What differs between published versions:
+    order     [mean, max] as input of the convolution in the paper and timm, [max, mean] in the authors' code and
+              pytorchcv: weights of one are flipped in the other
+    ties      a maximum's gradient is divided evenly (timm: amax) or goes to the first (authors, pytorchcv)
+    bias      the MLP has biases (authors, pytorchcv) or none (timm)
+    norm      BatchNorm of the one plane; the authors' momentum is 0.01, the others' 0.1
+    pools     the authors also have "lp", sqrt(Σ x²), and "lse", log Σ exp x, both without a division by the size: each
+              goes through the same MLP and is added
+    light     timm's LightCbamModule: ½ mean + ½ max in both gates, one plane, the channel gate always a sigmoid
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import activations, dual_scale, pool_scale, shared_mlp
+from ..plan import Fused, Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, register, renew, tampered
+from ..registry import Block, case
+from . import norms
+from .excite_plan import _dense
+from .squeeze_excite import _activation
+from .tails import Tail
+from .tails import _rule as tail_rule
+
+_CONVS = {f"torch.nn.modules.conv.Conv{d}d": d for d in (1, 2, 3)}
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_IDENTITY = "torch.nn.modules.linear.Identity"
+# A BatchNorm that isn't torch's own, with the fingerprint of its forward and the children that must be idle.
+_NORMS = {f"torch.nn.modules.batchnorm.BatchNorm{d}d": ("", ()) for d in (1, 2, 3)} | {
+    "timm.layers.norm_act.BatchNormAct2d": ("34994d9669ff", ("drop", "act")),
+}
+_OWN = "torch.nn.modules.container.ModuleDict"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a CBAM keeps what, by dotted names from the module on.
+
+    inner: modules between it and its layers: name -> (class, fingerprint of its forward)
+    light: ½ mean + ½ max in both gates; flip: the convolution takes [max, mean]
+    gate: None: always a sigmoid; idle: poolings that must be of output size 1, by name and class
+    """
+
+    inner: dict[str, tuple[str, str]]
+    fc1: str
+    act: str
+    fc2: str
+    gate: str | None
+    conv: str | None
+    norm: str
+    spatial_gate: str
+    light: bool = False
+    flip: bool = False
+    ties: str = "split"
+    idle: tuple[tuple[str, str], ...] = ()
+
+
+class CbamPlan(Plan):
+    """What a CBAM's fused forward relies on: layers two modules deep, so those between are compared as well."""
+
+    __slots__ = (
+        "act",
+        "conv",
+        "conv_gate",
+        "dilation",
+        "dims",
+        "first",
+        "gate",
+        "kinds",
+        "nested",
+        "norm",
+        "padding",
+        "parts",
+        "second",
+        "slope",
+    )  # fmt: skip
+
+    def __init__(self, module: nn.Module, parts: Parts, kinds: tuple[str, ...] = ("avg", "max"),
+                 fixed: tuple[str, ...] = ()) -> None:  # fmt: skip
+        super().__init__(module, (), fixed)
+        self.nested: tuple[tuple[dict[str, Any], tuple[Any, ...]], ...] = ()
+        self.parts, self.kinds = parts, kinds
+        for name, (where, source) in parts.inner.items():
+            child = self._skip(module, name)
+            cls = child.original if isinstance(child, Fused) else type(child)
+            if path(cls) != where or (source and fingerprint(cls.forward) != source):
+                raise Refused(f"{name} is a {path(type(child))} that isn't known")
+        for name, where in parts.idle:
+            child = self._skip(module, name)
+            if path(type(child)) != where or self.fix(child, "output_size") not in (1, (1, 1)):
+                raise Refused(f"{name} is {child!r}, not of output size 1")
+        self.first = _dense(self, parts.fc1, self._skip(module, parts.fc1))
+        self.second = _dense(self, parts.fc2, self._skip(module, parts.fc2))
+        if self.first["weight"].shape[1] != self.second["weight"].shape[0]:
+            raise Refused("the MLP doesn't return as many channels as it takes")
+        acts = tuple(a for a in activations.ACTS if a != "prelu")
+        self.act, self.slope = activation(self, parts.act, self._skip(module, parts.act), acts)
+        gates = tuple(g for g in activations.GATES if g != "prelu")
+        self.gate = "sigmoid"
+        if parts.gate is not None:
+            self.gate, _ = activation(self, parts.gate, self._skip(module, parts.gate), gates)
+        self.conv, self.norm, self.conv_gate, self.dims = None, None, "sigmoid", None
+        if parts.conv is None:
+            return
+        self._convolution(module, parts)
+        self.conv_gate, _ = activation(self, parts.spatial_gate, self._skip(module, parts.spatial_gate), gates)
+
+    def _skip(self, module: nn.Module, name: str) -> nn.Module:
+        """The child of a dotted name, which from now on is compared. Raises Refused where something hangs on it."""
+        child: Any = module
+        for part in name.split("."):
+            child = vars(child)["_modules"].get(part)
+            if child is None:
+                raise Refused(f"{name} is None")
+        if (why := tampered(child)) is not None:
+            raise Refused(f"{name} {why}")
+        self.skipped += ((child, type(child), vars(child)),)
+        children = vars(child)["_modules"]
+        self.nested += ((children, tuple(children.values())),)
+        return child
+
+    def _convolution(self, module: nn.Module, parts: Parts) -> None:
+        assert parts.conv is not None
+        conv = self._skip(module, parts.conv)
+        self.dims = _CONVS.get(path(type(conv)))
+        planes = 1 if parts.light else 2
+        usual = self.dims is not None and {
+            "stride": (1,) * self.dims, "groups": 1, "padding_mode": "zeros", "in_channels": planes, "out_channels": 1,
+        }  # fmt: skip
+        if not usual or any(self.fix(conv, k) != v for k, v in usual.items()):
+            raise Refused(f"{parts.conv} is {conv!r}, not a plain convolution of {planes} planes to one")
+        size, self.padding, self.dilation = (self.fix(conv, k) for k in ("kernel_size", "padding", "dilation"))
+        want = tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, size, strict=True))
+        if any(k % 2 == 0 for k in size) or self.padding != want:
+            raise Refused(f"{parts.conv} is {conv!r}, which doesn't keep the size of a plane")
+        self.conv = self.weights(parts.conv, conv)
+        norm = self._skip(module, parts.norm)
+        if path(type(norm)) == _IDENTITY:
+            return
+        known = _NORMS.get(path(type(norm)))
+        if known is None or (known[0] and fingerprint(type(norm).forward) != known[0]):
+            raise Refused(f"{parts.norm} is a {path(type(norm))}, not a BatchNorm")
+        for name in known[1]:
+            if path(type(self._skip(module, f"{parts.norm}.{name}"))) != _IDENTITY:
+                raise Refused(f"{parts.norm}.{name} is not idle")
+        self.norm = vars(norm)
+
+    def intact(self, attributes: dict[str, Any]) -> bool:
+        for children, before in self.nested:
+            if tuple(children.values()) != before:
+                return False
+        return super().intact(attributes)
+
+    def run(
+        self, x: Tensor, residual: Tensor | None = None, epilogue: str = "identity", epilogue_slope: float = 0.01
+    ) -> Tensor:
+        channel, mlp, extra = self._channel(x)
+        options: dict[str, Any] = dict(ties=self.parts.ties, residual=residual, act=epilogue, slope=epilogue_slope)
+        if self.conv is None:
+            y: Tensor = pool_scale(x, channel, *extra, *mlp, pool=self._pool(), **options)
+            return y
+        out = dual_scale(x, channel, self._spatial(), (*extra, *mlp), self._planar(), channel=self._pool(), **options)
+        if not isinstance(out, tuple):
+            return out
+        y, statistics = out
+        assert self.norm is not None
+        norms.keep(self.norm, statistics, x.numel() // max(x.shape[1], 1))
+        return y
+
+    def _pool(self) -> str:
+        return "mean_max" if {"avg", "max"} <= set(self.kinds) else "max" if "max" in self.kinds else "mean"
+
+    def _channel(self, x: Tensor) -> tuple[Callable[..., Tensor], list[Tensor], list[Tensor]]:
+        """The channel gate's function, its weights, and what is pooled outside of the op, by plain PyTorch."""
+        state = [self.first["weight"], self.first["bias"], self.second["weight"], self.second["bias"]]
+        there = [t is not None for t in state]
+        light, act, gate, slope, kinds = self.parts.light, self.act, self.gate, self.slope, self.kinds
+        flat = x.flatten(2).to(torch.float64 if x.dtype == torch.float64 else torch.float32) if len(kinds) > 2 or (
+            {"lp", "lse"} & set(kinds)) else x  # fmt: skip
+        extra = [flat.norm(2, -1) if k == "lp" else flat.logsumexp(-1) for k in kinds if k in ("lp", "lse")]
+        count, pooled = len(extra), bool({"avg", "max"} & set(kinds))
+
+        def excite(p: Tensor, *rest: Tensor) -> Tensor:
+            more, given = rest[:count], iter(rest[count:])
+            weights = [next(given) if here else None for here in there]
+            p = p if p.dim() == 3 else p.unsqueeze(0)
+            p = p if pooled else p[:0]
+            if more:
+                p = torch.cat([p, torch.stack(more)])
+            if light:
+                p = 0.5 * p.sum(0, keepdim=True)
+            if p.shape[0] > 2:  # more pools than the op adds up
+                w1, b1, w2, b2 = (t if t is None else t.to(p.dtype) for t in weights)
+                hidden = activations.apply(act, F.linear(p, w1.flatten(1), b1), slope)  # type: ignore[union-attr]
+                return activations.apply(gate, F.linear(hidden, w2.flatten(1), b2).sum(0))  # type: ignore[union-attr]
+            p = p if p.shape[0] == 2 else p[0]
+            return shared_mlp(p, *weights, None, None, None, None, None, None, act, gate, slope, "none", 1e-5)
+
+        return excite, [t for t in state if t is not None], extra
+
+    def _planar(self) -> list[Tensor]:
+        assert self.conv is not None
+        state = (self.conv["weight"], self.conv["bias"], *(norms.state(self.norm) if self.norm else ()))
+        return [t for t in state if t is not None]
+
+    def _spatial(self) -> Callable[..., Any]:
+        """The spatial gate's function of the planes and `_planar`."""
+        assert self.conv is not None and self.dims is not None
+        state = (self.conv["weight"], self.conv["bias"], *(norms.state(self.norm) if self.norm else ()))
+        there = [t is not None for t in state]
+        light, flip, gate, convolve = self.parts.light, self.parts.flip, self.conv_gate, _CONV[self.dims - 1]
+        padding, dilation, normed = self.padding, self.dilation, self.norm is not None
+        eps = self.norm["eps"] if self.norm else 0.0
+
+        def excite(q: Tensor, *rest: Tensor) -> Any:
+            given = iter(rest)
+            weight, bias, *norm = [next(given) if here else None for here in there]
+            if light:
+                q = 0.5 * q.sum(1, keepdim=True)
+            elif flip:
+                q = q.flip(1)
+            bias = None if bias is None else bias.to(q.dtype)
+            z = convolve(q, weight.to(q.dtype), bias, 1, padding, dilation)  # type: ignore[union-attr]
+            statistics: tuple[Tensor, ...] = ()
+            if normed:
+                z, statistics = norms.normalise(z, *norm, eps)
+            return activations.apply(gate, z).squeeze(1), *statistics
+
+        return excite
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    """What a foreign CBAM's forward becomes."""
+    plan = ready(self)
+    if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
+        return self.original.forward(self, x)
+    return plan.run(x, None, "identity", 0.01)
+
+
+class CBAM(Planned):
+    """Convolutional block attention of feature maps (N, C, *S), with timm's state_dict keys.
+
+    channels: C
+    rd_ratio, rd_channels: width of the MLP, rd_channels or rd_ratio·C rounded (at least one)
+    spatial_kernel_size: of the convolution over planes, odd
+    act_layer, gate_layer: module class or name; relu, relu6, silu, gelu, leaky_relu, hardswish, identity after the
+        MLP's first layer; sigmoid, hard_sigmoid, relu, identity as both gates
+    mlp_bias: whether the MLP's layers have one
+    order: of the planes that the convolution takes, "mean_max" (timm) or "max_mean" (the authors, pytorchcv)
+    ties: "split" (timm) or "first" (the authors, pytorchcv), as in `channel_pool` and `spatial_pool`
+    pool_types: any of "avg", "max", "lp", "lse"; the last two are computed by plain PyTorch, in passes of their own
+    no_spatial: the channel gate alone
+    light: timm's LightCbamModule, whose poolings are averaged
+    dims: 1, 2 or 3 spatial dimensions
+
+    Raises ValueError for another option.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        rd_ratio: float = 1 / 16,
+        rd_channels: int | None = None,
+        spatial_kernel_size: int = 7,
+        act_layer: Any = nn.ReLU,
+        gate_layer: Any = "sigmoid",
+        mlp_bias: bool = False,
+        order: str = "mean_max",
+        ties: str = "split",
+        pool_types: tuple[str, ...] = ("avg", "max"),
+        no_spatial: bool = False,
+        light: bool = False,
+        dims: int = 2,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if order not in ("mean_max", "max_mean"):
+            raise ValueError(f"order must be 'mean_max' or 'max_mean'; got {order!r}")
+        if ties not in ("split", "first"):
+            raise ValueError(f"ties must be 'split' or 'first'; got {ties!r}")
+        if not pool_types or len(set(pool_types)) != len(pool_types) or set(pool_types) - {"avg", "max", "lp", "lse"}:
+            raise ValueError(f"pool_types must be some of 'avg', 'max', 'lp', 'lse'; got {pool_types!r}")
+        if light and set(pool_types) != {"avg", "max"}:
+            raise ValueError(f"light needs pool_types 'avg' and 'max'; got {pool_types!r}")
+        if dims not in (1, 2, 3):
+            raise ValueError(f"dims must be 1, 2 or 3; got {dims!r}")
+        if spatial_kernel_size < 1 or spatial_kernel_size % 2 == 0:
+            raise ValueError(f"spatial_kernel_size must be odd; got {spatial_kernel_size!r}")
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden = rd_channels or max(1, round(channels * rd_ratio))
+        self.order, self.ties, self.pool_types, self.light = order, ties, tuple(pool_types), light
+        self.channel = nn.ModuleDict(
+            {
+                "fc1": nn.Conv2d(channels, hidden, 1, bias=mlp_bias, **made),
+                "act": _activation("act_layer", act_layer),
+                "fc2": nn.Conv2d(hidden, channels, 1, bias=mlp_bias, **made),
+                "gate": _activation("gate_layer", gate_layer),
+            }
+        )
+        self.spatial = None
+        if not no_spatial:
+            conv, norm = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1], (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+            size = spatial_kernel_size
+            inner = {
+                "conv": conv(1 if light else 2, 1, size, padding=size // 2, bias=False, **made),
+                "bn": norm[dims - 1](1, **made),
+            }
+            gate = "sigmoid" if gate_layer is None else gate_layer
+            self.spatial = nn.ModuleDict({"conv": nn.ModuleDict(inner), "gate": _activation("gate_layer", gate)})
+        try:
+            self._plan()
+        except Refused as why:
+            raise ValueError(str(why)) from None
+        renew(self)
+
+    def _plan(self) -> Plan:
+        inner = {"channel": (_OWN, "")}
+        if self.spatial is not None:
+            inner |= {"spatial": (_OWN, ""), "spatial.conv": (_OWN, "")}
+        parts = Parts(
+            inner, "channel.fc1", "channel.act", "channel.fc2", None if self.light else "channel.gate",
+            None if self.spatial is None else "spatial.conv.conv", "spatial.conv.bn", "spatial.gate",
+            light=self.light, flip=self.order == "max_mean", ties=self.ties,
+        )  # fmt: skip
+        return CbamPlan(self, parts, self.pool_types, ("light", "order", "ties", "pool_types"))
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, epilogue: str = "identity", epilogue_slope: float = 0.01
+    ) -> Tensor:
+        """y = epilogue(x·gate·pixel + residual): x and residual (N, C, *S).
+
+        residual, epilogue, epilogue_slope: what follows the gates, in the same pass, as in `scale`
+        Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
+        """
+        plan = ready(self)
+        if plan is not None:
+            return plan.run(x, residual, epilogue, epilogue_slope)
+        u = x * self.channel_gate(x)
+        y = u if self.spatial is None else u * self.spatial_gate(u)
+        y = y if residual is None else y + residual
+        return activations.apply(epilogue, y, epilogue_slope)
+
+    by_plan = forward
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate (N, C, 1, …), eq. 2, by plain PyTorch and the child modules."""
+        flat, part = x.flatten(2), self.channel
+        pools = {
+            "avg": lambda: flat.mean(-1),
+            "max": lambda: flat.amax(-1) if self.ties == "split" else flat.max(-1).values,
+            "lp": lambda: flat.norm(2, -1),
+            "lse": lambda: flat.logsumexp(-1),
+        }
+        pooled = [pools[kind]() for kind in self.pool_types]
+        pooled = [0.5 * (pooled[0] + pooled[1])] if self.light else pooled
+        u = sum(part["fc2"](part["act"](part["fc1"](p[..., None, None]))) for p in pooled)
+        gate = torch.sigmoid(u) if self.light else part["gate"](u)
+        return gate.reshape(x.shape[:2] + (1,) * (x.dim() - 2))
+
+    def spatial_gate(self, u: Tensor) -> Tensor:
+        """The gate (N, 1, *S), eq. 3, by plain PyTorch and the child modules."""
+        mean = u.mean(1, keepdim=True)
+        most = u.amax(1, keepdim=True) if self.ties == "split" else u.max(1, keepdim=True).values
+        if self.light:
+            q = 0.5 * (mean + most)
+        else:
+            q = torch.cat([mean, most] if self.order == "mean_max" else [most, mean], 1)
+        inner: Any = self.spatial
+        return inner["gate"](inner["conv"]["bn"](inner["conv"]["conv"](q)))
+
+
+_TIMM = "timm.layers."
+_CV = "pytorchcv.models."
+
+
+def _timm(light: str) -> Parts:
+    channel, spatial = ("bd4fac144c1d", "b4d43867fab8") if light else ("8183ad677cd4", "dd52e7d7203d")
+    return Parts(
+        {
+            "channel": (f"{_TIMM}cbam.{light}ChannelAttn", channel),
+            "spatial": (f"{_TIMM}cbam.{light}SpatialAttn", spatial),
+            "spatial.conv": (f"{_TIMM}conv_bn_act.ConvNormAct", "edd86b823f1f"),
+        },
+        "channel.fc1", "channel.act", "channel.fc2", None if light else "channel.gate",
+        "spatial.conv.conv", "spatial.conv.bn", "spatial.gate", light=bool(light),
+    )  # fmt: skip
+
+
+def _timm_plan(light: str) -> Callable[[nn.Module], Plan]:
+    def plan(module: nn.Module) -> Plan:
+        found = CbamPlan(module, _timm(light))
+        if vars(module.spatial.conv)["_modules"].get("aa") is not None:  # type: ignore[union-attr]
+            raise Refused("spatial.conv.aa is there")
+        return found
+
+    return plan
+
+
+_PYTORCHCV = Parts(
+    {
+        "ch_gate": (f"{_CV}cbamresnet.ChannelGate", "d3f58957180f"),
+        "ch_gate.mlp": (f"{_CV}cbamresnet.MLP", "d13967f021e2"),
+        "sp_gate": (f"{_CV}cbamresnet.SpatialGate", "3d2d8b9ce580"),
+        "sp_gate.conv": (f"{_CV}common.conv.ConvBlock", "234ab5542f9c"),
+    },
+    "ch_gate.mlp.fc1", "ch_gate.mlp.activ", "ch_gate.mlp.fc2", "ch_gate.sigmoid",
+    "sp_gate.conv.conv", "sp_gate.conv.bn", "sp_gate.sigmoid", flip=True, ties="first",
+    idle=(
+        ("ch_gate.avg_pool", "torch.nn.modules.pooling.AdaptiveAvgPool2d"),
+        ("ch_gate.max_pool", "torch.nn.modules.pooling.AdaptiveMaxPool2d"),
+    ),
+)  # fmt: skip
+
+
+def _pytorchcv_plan(module: nn.Module) -> Plan:
+    plan = CbamPlan(module, _PYTORCHCV)
+    conv = module.sp_gate.conv  # type: ignore[union-attr]
+    for name, value in (("use_pad", False), ("normalize", True), ("activate", False)):
+        if plan.fix(conv, name) != value:  # type: ignore[arg-type]
+            raise Refused(f"sp_gate.conv.{name} is {not value}")
+    return plan
+
+
+CBAM_RULES = register(
+    Rule(f"{_TIMM}cbam.CbamModule", _forward, _timm_plan(""), {"forward": ("92cac90d6e69",)}),
+    Rule(f"{_TIMM}cbam.LightCbamModule", _forward, _timm_plan("Light"), {"forward": ("92cac90d6e69",)}),
+    Rule(f"{_CV}cbamresnet.CbamBlock", _forward, _pytorchcv_plan, {"forward": ("087df7779592",)}),
+)
+CBAM_TAILS = register(
+    tail_rule(
+        f"{_CV}cbamresnet.CbamResUnit",
+        ("6999721b0238",),
+        Tail(("body",), "cbam", "activ", downsample="identity_conv"),
+    ),
+)
+
+Block(
+    name="cbam",
+    module=CBAM,
+    paper="Woo et al., CBAM: Convolutional Block Attention Module, https://arxiv.org/abs/1807.06521",
+    ops=("dual_scale", "pool_scale", "shared_mlp"),
+    rules=CBAM_RULES,
+    cases=(
+        case(args={"channels": 32}, x=(3, 32, 9, 8)),
+        case(args={"channels": 24, "rd_channels": 4, "dims": 1, "spatial_kernel_size": 5}, x=(2, 24, 13)),
+        case(args={"channels": 12, "rd_channels": 3, "dims": 3, "spatial_kernel_size": 3}, x=(2, 12, 3, 4, 5)),
+        case(args={"channels": 16, "rd_channels": 4, "mlp_bias": True, "act_layer": "silu", "order": "max_mean",
+                   "ties": "first"}, x=(2, 16, 7, 7)),
+        case(args={"channels": 16, "rd_channels": 4, "light": True}, x=(2, 16, 7, 7)),
+        case(args={"channels": 16, "rd_channels": 4, "no_spatial": True, "gate_layer": "hard_sigmoid"},
+             x=(2, 16, 7, 7)),
+        case(args={"channels": 16, "rd_channels": 4, "pool_types": ("avg", "max", "lp", "lse")}, x=(2, 16, 5, 5)),
+        case(args={"channels": 16, "rd_channels": 4, "pool_types": ("lp",)}, x=(2, 16, 5, 5)),
+    ),
+)  # fmt: skip
