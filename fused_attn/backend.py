@@ -241,8 +241,6 @@ def refusal(op: "Op", backend: str, args: tuple[Any, ...]) -> str | None:
         value = args[index]
         if value is None or value.numel() == 0:
             continue
-        if value.layout is not torch.strided or value.is_nested:
-            return f"{name} is not dense"
         if first is None:
             first = value
             if not walkable(value):

@@ -100,7 +100,9 @@ def show(info: dict[str, Any]) -> str:
     lines = []
     for title in ("versions", "devices", "environment"):
         lines.append(title)
-        lines += [f"  {name:20} {value}" for name, value in info[title].items()] or ["  (nothing set)"]
+        lines += [f"  {name:20} {value}" for name, value in info[title].items()] or [
+            f"  (none of {', '.join(VARIABLES)} is set)"
+        ]
     lines += ["extension", f"  {info['extension']}", "blocks", f"  {', '.join(info['blocks']) or 'none'}", "self-test"]
     for op, results in info["ops"].items():
         lines += [f"  {op if i == 0 else '':20} {name:8} {text}" for i, (name, text) in enumerate(results.items())]

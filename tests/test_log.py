@@ -115,18 +115,19 @@ def test_a_module_that_runs_unfused_is_told_of_once_per_class() -> None:
     lines = stderr(
         MODULES
         + """
+model[2].drop_path = DropPath(0.5)
 fused_attn.fuse_(model)
+torch.compile(model[2], backend="eager", fullgraph=True)(x)  # telling of it there would break the graph
 for block in model[:2]:
     block.se.fc1.register_forward_hook(lambda *_: None)
 for _ in range(2):
     model(x)
-model[2].drop_path = DropPath(0.5)
-torch.compile(model[2], backend="eager", fullgraph=True)(x)  # telling of it there would break the graph
 """
     )
     assert lines[0] == "fused_attn: timm.layers.squeeze_excite.SEModule unfused: gate is Tanh(), which no kernel has"
     assert sorted(line for line in lines[1:] if " unfused: " in line) == [
         "fused_attn: timm.layers.squeeze_excite.SEModule unfused: fc1 has hooks",
+        "fused_attn: timm.models.resnet.Bottleneck unfused: drop_path stands between gate and add",
         "fused_attn: timm.models.resnet.Bottleneck unfused: its gate runs unfused",
     ]
     assert len([line for line in lines if "pool_mlp_scale on " in line]) == 1
