@@ -341,8 +341,14 @@ def test_heaviest(caught, dtype):
         assert_lean(launch.kernel.__name__, built(launch, "sm_90"))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)
-@pytest.mark.parametrize("kind", ["planes", "pixels"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("planes", BF16),
+        pytest.param("pixels", BF16, marks=pytest.mark.slow),
+        pytest.param("planes", F64, marks=pytest.mark.slow),
+    ],
+)
 def test_eight_branches(caught, kind, dtype):
     """The most branches there may be still fit in registers."""
     branch_launches(49, kind, dtype, count=8)

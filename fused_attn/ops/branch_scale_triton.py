@@ -7,7 +7,7 @@
 One program has the same tile of every branch, so that dy is read once where branches are summed. The backward without
 dx is `branch_scale_reduce`. Branches in one tensor, and slots of a concatenated map, are views of it.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
 from collections.abc import Sequence
 
@@ -39,12 +39,13 @@ def _branch_scale_fwd_kernel(
     ys = (y_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr, y5_ptr, y6_ptr, y7_ptr)
     n, a, col, head = tile.spot(A, B, PLANES, ROWS, COLS, V, BIG)
     mask = tile.owned(a, col, head, A, B, V)
+    total = tl.zeros((ROWS, COLS), ACC)
     for b in tl.static_range(COUNT):
         gates = tile.channel(gate_ptr, n * COUNT + b, a, col, A, B, ACC, PLANES)
         v = tl.load(tile.at(xs[b], n, a, col, sn[b], sr[b], V), mask=mask, other=0).to(ACC)
         v = v * tile.pick(gates, col, head, B, PLANES, V)
         if SUM:
-            total = v if b == 0 else total + v  # noqa: F821
+            total += v
         else:
             tl.store(tile.at(ys[b], n, a, col, y_sn, y_sr, V), v.to(y_ptr.dtype.element_ty), mask=mask)
     if SUM:
@@ -164,12 +165,14 @@ def backward_sums(
     dys = distinct(parts_of(dy, merge, count), merge)
     w = tile.walk(*xs, dys[0], *dxs[:1], sums=True)
     dgate = torch.empty(gate.shape, dtype=dtype, device=x.device)
+    # Sums of more than four branches don't fit in the registers of one thread's share of a tile: it gets half of it.
+    meta = w.meta if count <= 4 else {**w.meta, "num_warps": 2 * w.meta["num_warps"]}
     whole = w.splits == 1
     part = dgate if whole else dgate.new_empty((w.splits, gate.numel()), dtype=accumulator(x.dtype))
     tile.launch(
         _branch_scale_bwd_kernel, w.grid, x, *eight(xs), *eight(dys), gate.contiguous(), part, *eight(dxs),
         w.a, w.b, w.steps, gate.numel(), *steps(w.strides[:count]), *w.strides[count],
-        *(w.strides[count + 1] if dxs else (0, 0)), COUNT=count, SUM=merge == "sum", **w.meta,
+        *(w.strides[count + 1] if dxs else (0, 0)), COUNT=count, SUM=merge == "sum", **meta,
     )  # fmt: skip
     if not whole:
         merge_sums(part, dgate)
