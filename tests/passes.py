@@ -154,7 +154,8 @@ def counted(library, requests):
 
 
 def _serve(library, requests):
-    """Each request names an op, the number of a case or arguments, a dtype, the layouts of inputs and gradient.
+    """Each request names an op, the number of a case or arguments, a dtype, the layouts of inputs and gradient; with
+    `around`, `branch_softmax` is called on the branches of `branch_scale`, pooled each or their sum.
 
     Answers, for each, in passes: "inference", "forward", "backward" end to end, and "launches" as
     [op, reads, writes, budget]; "aten" lists what ran around the kernels.
@@ -183,6 +184,7 @@ def _serve(library, requests):
     answers = []
     for request in requests:
         op = fused_attn.OPS[request["op"]]
+        call = _around_branches(request["around"]) if "around" in request else op
         described = op.cases[request["case"]] if "case" in request else case(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in request["args"].items()}
         )  # fmt: skip
@@ -194,14 +196,14 @@ def _serve(library, requests):
             numel = args[0].numel()
             cpp._count_reset()
             for _ in range(request.get("repeat", 1)):
-                op(*args)
+                call(*args)
             answer["inference"] = asdict(_total(cpp, numel, Passes()))
             if op.formula is None:  # half of a backward: there is no gradient of it
                 answers.append(answer)
                 continue
             leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
             cpp._count_reset()
-            out = op(*leaves)
+            out = call(*leaves)
             y = out[0] if isinstance(out, tuple) else out
             answer["forward"] = asdict(_total(cpp, numel, Passes()))
             dy = testing.cotangent(y, request.get("gradient", request.get("layout", "contiguous")))
@@ -214,6 +216,20 @@ def _serve(library, requests):
         answer["launches"] = [list(entry) for entry in launches]
         answers.append(answer)
     return answers
+
+
+def _around_branches(each):
+    """`branch_softmax` in the place of `branch_scale`: its gate's shape counts, and an excite of no size."""
+    from fused_attn import ops
+
+    def call(x, gate, *rest):
+        *more, merge = rest
+        maps = [x, *(t for t in more if t is not None)]
+        splits = gate.shape[1] if len(maps) == 1 else 1
+        excite = (lambda p: p) if each else lambda p: p.repeat(1, gate.shape[1])
+        return ops.branch_softmax(*maps, excite=excite, splits=splits, each=each, merge=merge)
+
+    return call
 
 
 class _around(counting):

@@ -15,6 +15,14 @@ TOTALS = {
     "se, residual, relu": (TAIL, (3, 1), 10),
     "se with add_maxpool": (MAX, (2, 1), 8),
 }
+# The same of `branch_softmax`, in branches: pooled each or their sum, (arguments, forward, backward).
+MAP = [4, 16, 28, 28]
+BRANCHES = {
+    "sk": (False, dict(x=MAP, x1=MAP, gate=[4, 2, 16]), (4, 1), (4, 2)),
+    "sk of three": (False, dict(x=MAP, x1=MAP, x2=MAP, gate=[4, 3, 16]), (6, 1), (5, 3)),
+    "split attention": (False, dict(x=[4, 32, 28, 28], gate=[4, 2, 16]), (4, 1), (4, 2)),
+    "psa": (True, dict(x=MAP, x1=MAP, x2=MAP, x3=MAP, gate=[4, 4, 16], merge="concat_reversed"), (8, 4), (12, 4)),
+}
 LAYOUTS = ("contiguous", "channels_last")
 SLACK = 0.05  # the first maximum of a plane is read again where it lies: one element of 35 in the smallest case
 
@@ -34,6 +42,10 @@ REQUESTS = [
 ] + [
     dict(op="pool_mlp_scale", args=args, layout=layout, total=total, forward=forward)
     for args, forward, total in TOTALS.values()
+    for layout in LAYOUTS
+] + [
+    dict(op="branch_scale", around=each, args=args, layout=layout)
+    for each, args, *_ in BRANCHES.values()
     for layout in LAYOUTS
 ]  # fmt: skip
 
@@ -90,6 +102,23 @@ def test_totals_end_to_end(answers, what, layout):
         assert passes.writes <= writes + SLACK, f"{mode}: {passes}"
     forward, backward = Passes(**answer["forward"]), Passes(**answer["backward"])
     assert forward.total + backward.total <= total + SLACK, f"{forward} and {backward}; ATen: {answer['aten']}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", BRANCHES)
+def test_branches_end_to_end(answers, what, layout):
+    """Forward and backward of one `branch_softmax`, in branches: no more, and no less, than was promised."""
+    each, args, *promised = BRANCHES[what]
+    answer = next(
+        a for r, a in answers
+        if r.get("args") == args and r["layout"] == layout and r.get("around") is each
+    )  # fmt: skip
+    count = 2 if what == "split attention" else 1  # branches in what is counted by
+    for mode, (reads, writes) in zip(("forward", "backward"), promised, strict=True):
+        passes = Passes(**answer[mode])
+        assert passes.reads * count == pytest.approx(reads, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+        assert passes.writes * count == pytest.approx(writes, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+    assert answer["inference"] == answer["forward"]
 
 
 def test_a_strided_gradient_costs_one_copy(library):

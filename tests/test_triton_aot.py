@@ -185,6 +185,25 @@ def map_launches(size, kind, dtype, act="relu", n=2, c=64):
     run("channel_pool_bwd", x, both, both, index, "mean_max", "first")
 
 
+def branch_launches(size, kind, dtype, count=2, n=2, c=64):
+    """Every pass over branches: pooled, scaled and merged, and the ways back; in tensors of their own, and in one."""
+    acc = F64 if dtype == F64 else F32
+    side = SIDES.get(size, size)
+    x, dy = empty((n, c, side, side), dtype, kind), empty((n, count * c, side, side), dtype, kind)
+    more = [empty(x.shape, dtype, kind) if b < count else None for b in range(1, 8)]
+    gate, pooled, inside = empty((n, count, c), acc), empty((n, c), acc), (None,) * 7
+    for merge in ("sum", "concat_reversed"):
+        d = x if merge == "sum" else dy
+        for first, others in ((x, more), (dy, inside)):
+            run("branch_scale", first, gate, *others, merge)
+            run("branch_scale_reduce", first, d, gate, *others, merge)
+            run("branch_scale_apply", first, d, gate, gate if merge != "sum" else pooled, merge)
+        run("branch_scale_bwd", x, gate, d, *more, merge)
+    run("branch_pool", x, *more, 1, False)
+    run("branch_pool", x, *more, 1, True)
+    run("branch_pool", dy, *inside, count, False)
+
+
 def network(c, hidden, dtype, act="relu", norm="none"):
     """The tensors and options of an Mlp."""
     v = lambda: empty((hidden,), dtype)
@@ -211,6 +230,7 @@ def test_every_kernel(caught, target):
     x = empty((1, 8, 56, 56), F32, "pixels")
     run("scale_bwd", x, empty((1, 8), F32), None, None, x, "identity", 0.01, "product", False)
     mlp_launches(8, 256, 16, F32)
+    branch_launches(49, "planes", BF16)
     assert {launch.kernel.__name__ for launch in caught} == set(KERNELS), "kernels without a test"
     seen = set()
     for launch in caught:
@@ -224,7 +244,7 @@ def maps_of(launch):
     """How many feature maps a launch loads and stores at least once."""
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     is_map = lambda name: isinstance(given.get(name), torch.Tensor) and given[name].dim() == 4
-    outs = {"y_ptr", "dx_ptr", "e_ptr"}
+    outs = {"y_ptr", "dx_ptr", "e_ptr", *(f"{name}{b}_ptr" for name in ("y", "dx") for b in range(1, 8))}
     if launch.kernel.__name__ == "_pool_scale_apply_kernel":
         outs.remove("e_ptr")
     return sum(is_map(n) for n in given if n not in outs), sum(is_map(n) for n in outs)
@@ -244,6 +264,7 @@ def assert_wide(launch, target, what):
 
 def check_widths(caught, size, kind, dtype, target):
     map_launches(size, kind, dtype)
+    branch_launches(size, kind, dtype)
     for launch in caught:
         if launch.meta.get("V") is not None:
             assert launch.meta["V"] == 16 // dtype.itemsize
@@ -320,6 +341,21 @@ def test_heaviest(caught, dtype):
         assert_lean(launch.kernel.__name__, built(launch, "sm_90"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("planes", BF16),
+        pytest.param("pixels", BF16, marks=pytest.mark.slow),
+        pytest.param("planes", F64, marks=pytest.mark.slow),
+    ],
+)
+def test_eight_branches(caught, kind, dtype):
+    """The most branches there may be still fit in registers."""
+    branch_launches(49, kind, dtype, count=8)
+    for launch in caught:
+        assert_lean(launch.kernel.__name__, built(launch, "sm_90"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", [BF16, F64], ids=str)
@@ -329,6 +365,7 @@ def test_odd_sizes(caught, kind, size, dtype, target):
     """Sizes where numbers are 1, and so constants; odd channels."""
     for n, c in ((1, 1), (3, 17)):
         map_launches(size, kind, dtype, "silu", n, c)
+        branch_launches(size, kind, dtype, 3, n, c)
     for launch in caught:
         assert_lean(launch.kernel.__name__, built(launch, target))
 

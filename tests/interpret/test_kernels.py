@@ -58,6 +58,21 @@ RUNS = [
     ("pool_mlp_scale", F64, "contiguous", dict(x=(2, 8, 3, 5), **SE, max_weight=0.5, ties="first", act="hardswish")),
     ("pool_mlp_scale", F32, "contiguous", dict(x=(1, 5, 7), w1=(5, 5), gate="hard_sigmoid", max_weight=1.0)),
     ("pool_mlp_scale", F32, "contiguous", dict(x=(3, 8, 2, 2), **SE, **NORM, norm="batch", epilogue="relu6")),
+    # branches in tensors of their own and in one, summed and side by side; sums that are split
+    ("branch_pool", BF16, "contiguous", dict(x=(2, 8, 7, 7), x1=(2, 8, 7, 7))),
+    ("branch_pool", F32, "channels_last", dict(x=(1, 3, 1400), x1=(1, 3, 1400), x2=(1, 3, 1400), each=True)),
+    ("branch_pool", F32, "sliced", dict(x=(2, 16, 3, 5), splits=2)),
+    ("branch_pool", F64, "contiguous", dict(x=(2, 6, 5), splits=3, each=True)),
+    ("branch_scale", BF16, "contiguous", dict(x=(2, 8, 7, 7), gate=(2, 2, 8), x1=(2, 8, 7, 7))),
+    ("branch_scale", F32, "sliced", dict(x=(2, 8, 3, 3), gate=(2, 2, 8), x1=(2, 8, 3, 3), merge="concat")),
+    ("branch_scale", F16, "channels_last", dict(x=(2, 16, 3, 3), gate=(2, 2, 8))),
+    ("branch_scale", F32, "channels_last", dict(x=(2, 8, 3, 3), gate=(2, 2, 8), x1=(2, 8, 3, 3),
+                                                merge="concat_reversed")),
+    ("branch_scale", F32, "sliced_channels_last", dict(x=(2, 15, 3, 3), gate=(2, 3, 5), merge="concat_reversed")),
+    ("branch_scale", F64, "contiguous",
+     dict(x=(1, 3, 11), gate=(1, 5, 3), **dict.fromkeys(("x1", "x2", "x3", "x4"), (1, 3, 11)))),
+    ("branch_scale", F32, "contiguous", dict(x=(1, 1, 4099), gate=(1, 2, 1), x1=(1, 1, 4099))),
+    ("branch_scale", F32, "contiguous", dict(x=(2, 9, 1, 1), gate=(2, 1, 9))),
 ]  # fmt: skip
 
 
@@ -210,6 +225,28 @@ def test_pool_scale():
     torch.testing.assert_close(y, want)
     dy = torch.randn_like(y)
     for got, true in zip(*(torch.autograd.grad(o, (x, weight, residual), dy) for o in (y, want)), strict=True):
+        torch.testing.assert_close(got, true)
+
+
+@pytest.mark.parametrize(("merge", "each"), [("sum", False), ("concat_reversed", True)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_branch_softmax(layout, merge, each):
+    """Any excite between the halves."""
+    weight = torch.randn(8, 8 if each else 16, dtype=F64, requires_grad=True)
+    maps = [testing.arrange(torch.randn(2, 8, 3, 5, dtype=F64), layout).requires_grad_() for _ in range(2)]
+    excite = lambda p, w: p @ w
+
+    def truth(a, b, weight):
+        means = torch.stack([a.mean((2, 3)), b.mean((2, 3))], 1)
+        gate = ((means if each else means.sum(1)) @ weight).view(2, 2, 8).softmax(1)[..., None, None]
+        scaled = torch.stack([a, b], 1) * gate
+        return scaled.sum(1) if merge == "sum" else scaled.flip(1).flatten(1, 2)
+
+    y = ops.branch_softmax(*maps, excite=excite, params=(weight,), each=each, merge=merge)
+    want = truth(*maps, weight)
+    torch.testing.assert_close(y, want)
+    dy = torch.randn_like(y)
+    for got, true in zip(*(torch.autograd.grad(o, (*maps, weight), dy) for o in (y, want)), strict=True):
         torch.testing.assert_close(got, true)
 
 

@@ -109,6 +109,24 @@ def test_pool_scale_halves(launches, pool):
     within_budget(launches, "channel_pool", "scale", "pool_scale_reduce", "pool_scale_apply")
 
 
+@pytest.mark.parametrize("kind", ["planes", "pixels"])
+@pytest.mark.parametrize("merge", ["sum", "concat_reversed"])
+def test_branches(launches, merge, kind):
+    shape = SHAPES[kind]
+    run("branch_scale", case(x=shape, x1=shape, gate=(1, 2, shape[1]), merge=merge), kind)
+    run("branch_pool", case(x=shape, x1=shape), kind)
+    within_budget(launches, "branch_scale", "branch_scale_bwd", "branch_pool")
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["tensors", "one tensor"])
+def test_branch_softmax_halves(launches, inside):
+    n, c, *s = SHAPES["planes"]
+    maps = [torch.randn(n, c * (2 if inside else 1), *s, requires_grad=True) for _ in range(1 if inside else 2)]
+    y = ops.branch_softmax(*maps, excite=lambda p: p.repeat(1, 2), splits=2 if inside else 1)
+    y.sum().backward()
+    within_budget(launches, "branch_pool", "branch_scale", "branch_scale_reduce", "branch_scale_apply")
+
+
 @triton.jit
 def _twice_kernel(x_ptr, out_ptr, S, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
