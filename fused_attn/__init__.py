@@ -5,7 +5,7 @@ from types import ModuleType
 
 from . import ops
 from .backend import use_backend
-from .blocks import EffectiveSE, Shrinkage, SqueezeExcite
+from .blocks import EffectiveSE, ResidualAttention, Shrinkage, SqueezeExcite
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
@@ -17,6 +17,7 @@ __all__ = [
     "OPS",
     "EffectiveSE",
     "Report",
+    "ResidualAttention",
     "Shrinkage",
     "SqueezeExcite",
     "__version__",

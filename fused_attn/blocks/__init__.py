@@ -1,7 +1,8 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
 from . import tails  # noqa: F401  (registers its rules)
+from .residual_attention import ResidualAttention
 from .shrinkage import Shrinkage
 from .squeeze_excite import EffectiveSE, SqueezeExcite
 
-__all__ = ["EffectiveSE", "Shrinkage", "SqueezeExcite"]
+__all__ = ["EffectiveSE", "ResidualAttention", "Shrinkage", "SqueezeExcite"]
