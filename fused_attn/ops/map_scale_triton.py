@@ -224,7 +224,9 @@ def _parts(stats: Tensor, norm: str) -> tuple[Tensor | None, Tensor | None]:
 
 def _moments(z: Tensor, stats: Tensor, norm: str, eps: float, correction: float) -> None:
     """Fills what forward keeps, in one read of z, which is turned."""
-    w = tile.walk(z, sums=True)
+    w = tile.walk(
+        z, z, sums=True
+    )  # as for two maps: small tiles, because each element keeps three numbers in registers
     channels, outs = z.shape[0] * z.shape[1], _parts(stats, norm)
     count = None
     parts = outs

