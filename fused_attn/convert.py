@@ -6,14 +6,14 @@ a gate, and the parent of a gate whose residual add and activation then cost no 
 before anything changes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from .plan import KEY, RULES, Fused, Planned, Refused, Rule, fused_class, path, renew
+from .plan import KEY, READERS, RULES, Fused, Planned, Refused, Rule, fused_class, path, renew
 
 __all__ = ["Report", "Row", "fuse_", "unfuse_"]
 
@@ -176,8 +176,7 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
     changes: list[Change] = []
     modules = list(model.named_modules())
     gates: set[int] = set()  # modules that run, or will run, by a plan
-    for name, module in modules:
-        rule = known(type(module))
+    for name, module, rule in recognised(model):
         if isinstance(module, Planned):
             if rule is None or rule.tail is None:
                 gates.add(id(module))
@@ -190,7 +189,7 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
                 gates.add(id(module))
                 changes.append((module, rule))
     for name, module in modules:
-        rule = known(type(module))
+        rule = known(module, read=False)
         if isinstance(module, Planned) or rule is None or rule.tail is None:
             continue
         gate = vars(module)["_modules"].get(rule.tail.gate)
@@ -203,12 +202,31 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
     return Report([rows[i] for i in order if i in rows]), changes
 
 
-def known(cls: type) -> Rule | None:
-    """The rule for a class or for the nearest class it derives from."""
-    for base in cls.__mro__:
+def recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]:
+    """The modules that run by a plan, or that a rule is known for, each with its name and rule."""
+    inside: set[int] = set()  # a gate's own layers aren't read once more as a gate
+    for name, module in model.named_modules():
+        rule = known(module, id(module) not in inside)
+        if rule is not None or isinstance(module, Planned):
+            if rule is None or rule.tail is None:
+                inside.update(map(id, module.modules()))
+            yield name, module, rule
+
+
+def known(module: nn.Module, read: bool = True) -> Rule | None:
+    """The rule for a module's class or for the nearest class it derives from; None where it has no gate.
+
+    read: whether the source of a class that no rule names is looked at
+    """
+    if isinstance(module, Fused):
+        return module.rule
+    if isinstance(module, Planned):
+        return None
+    for base in type(module).__mro__:
         if (rule := RULES.get(path(base))) is not None:
-            return rule
-    return None
+            return rule if rule.holds is None or rule.holds(module) else None
+    found = (reader(type(module), module) for reader in READERS) if read else ()
+    return next((rule for rule in found if rule is not None), None)
 
 
 def refusal(module: nn.Module, rule: Rule) -> str | None:

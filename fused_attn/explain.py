@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import backend, plan
-from .convert import known, refusal, table
+from .convert import recognised, refusal, table
 
 __all__ = ["Explanation", "Line", "explain"]
 
@@ -118,8 +118,7 @@ def _track(root: Any, names: dict[int, str], running: list[str]) -> list[Any]:
 def _not_fused(model: nn.Module) -> list[Line]:
     """The gates of known classes that aren't fused, each with its reason."""
     lines = []
-    for name, module in model.named_modules():
-        rule = known(type(module))
+    for name, module, rule in recognised(model):
         if rule is None or rule.tail is not None or isinstance(module, plan.Planned):
             continue
         lines.append(Line(name, "", "unfused", refusal(module, rule) or "not converted: call fuse_"))

@@ -231,6 +231,7 @@ class Rule:
     plan: module -> Plan; raises Refused where an option isn't understood
     sources: names of the methods that make its forward, and the fingerprints of the versions that do what the plan does
     tail: None for a gate; for its parent, what stands between the gate and the end
+    holds: module -> whether it has a gate, where only some modules of the class do
     """
 
     path: str
@@ -238,6 +239,7 @@ class Rule:
     plan: Callable[[nn.Module], Plan]
     sources: Mapping[str, Iterable[str]]
     tail: Any = None
+    holds: Callable[[nn.Module], bool] | None = None
 
     def refuses(self, cls: type) -> str | None:
         """Why modules of class `cls`, this rule's or a subclass, don't run the forward that the rule knows; or None."""
@@ -288,6 +290,8 @@ def fused_class(rule: Rule, original: type[nn.Module]) -> type["Fused"]:
 
 
 RULES: dict[str, Rule] = {}
+# Who is asked about a class that no rule names: (class, module or None) -> Rule or None.
+READERS: list[Callable[[type, nn.Module | None], Rule | None]] = []
 
 
 def register(*rules: Rule) -> tuple[Rule, ...]:
@@ -296,10 +300,14 @@ def register(*rules: Rule) -> tuple[Rule, ...]:
     return rules
 
 
+def _read(cls: type) -> Rule | None:
+    return next((rule for reader in READERS if (rule := reader(cls, None)) is not None), None)
+
+
 def _restore(original: type[nn.Module], rule_path: str) -> nn.Module:
     """What a pickled or copied fused module starts from: the original class, where the rule doesn't hold here."""
     module: nn.Module = original.__new__(original)
-    rule = RULES.get(rule_path)
+    rule = RULES.get(rule_path) or _read(original)
     if rule is not None and rule.refuses(original) is None:
         module.__class__ = fused_class(rule, original)
     return module
@@ -316,12 +324,18 @@ _SAME_NUMBERS: dict[str, tuple[str, ...]] = {
         "torch.nn.modules.activation.SiLU",
         "timm.layers.activations.Swish",
         "timm.layers.activations_me.SwishMe",
+        "pytorchcv.models.common.activ.Swish",
+        "monai.networks.blocks.activation.MemoryEfficientSwish",
+        "monai.networks.blocks.activation.Swish",
+        "efficientnet_pytorch.utils.Swish",
+        "efficientnet_pytorch.utils.MemoryEfficientSwish",
     ),
     "gelu": ("torch.nn.modules.activation.GELU", "timm.layers.activations.GELU"),
     "hardswish": (
         "torch.nn.modules.activation.Hardswish",
         "timm.layers.activations.HardSwish",
         "timm.layers.activations_me.HardSwishMe",
+        "pytorchcv.models.common.activ.HSwish",
     ),
     "prelu": ("torch.nn.modules.activation.PReLU", "timm.layers.activations.PReLU"),
     "sigmoid": ("torch.nn.modules.activation.Sigmoid", "timm.layers.activations.Sigmoid"),
@@ -329,7 +343,9 @@ _SAME_NUMBERS: dict[str, tuple[str, ...]] = {
         "torch.nn.modules.activation.Hardsigmoid",
         "timm.layers.activations.HardSigmoid",
         "timm.layers.activations_me.HardSigmoidMe",
+        "pytorchcv.models.common.activ.HSigmoid",
     ),
+    "clamp": ("pytorchcv.models.ghostnet.GhostHSigmoid",),
 }
 ACTIVATIONS = {cls: name for name, classes in _SAME_NUMBERS.items() for cls in classes}
 
@@ -338,6 +354,8 @@ def activation(plan: Plan, role: str, child: nn.Module | None, allowed: Iterable
     """The ops' name of an activation module, and its slope. Raises Refused where it isn't one of `allowed`."""
     name = ACTIVATIONS.get(path(type(child)))
     if name == "gelu" and "approximate" in vars_of(child) and plan.fix(child, "approximate") != "none":  # type: ignore[arg-type]
+        name = None
+    if name == "silu" and "alpha" in vars_of(child) and plan.fix(child, "alpha") != 1:  # type: ignore[arg-type]
         name = None
     if name is None or name not in allowed:
         raise Refused(f"{role} is {child!r}, which no kernel has")
