@@ -5,7 +5,16 @@ from types import ModuleType
 
 from . import log, ops
 from .backend import use_backend
-from .blocks import ECA, EffectiveSE, PyramidSqueezeAttention, SelectiveKernel, Shrinkage, SplitAttention, SqueezeExcite
+from .blocks import (
+    ECA,
+    EffectiveSE,
+    PyramidSqueezeAttention,
+    ResidualAttention,
+    SelectiveKernel,
+    Shrinkage,
+    SplitAttention,
+    SqueezeExcite,
+)
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
@@ -16,10 +25,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BLOCKS",
     "ECA",
-    "OPS",
     "EffectiveSE",
+    "OPS",
     "PyramidSqueezeAttention",
     "Report",
+    "ResidualAttention",
     "SelectiveKernel",
     "Shrinkage",
     "SplitAttention",

@@ -183,6 +183,13 @@ def map_launches(size, kind, dtype, act="relu", n=2, c=64):
     run("pool_scale_apply", x, dy, gate, both, both[1], index, gate, act, 0.01, "mean_max", "split")
     run("pool_scale_apply", x, dy, gate, both[0], both[1], index, gate, "identity", 0.01, "mean", "split")
     run("channel_pool_bwd", x, both, both, index, "mean_max", "first")
+    run("soft_threshold", x, gate, residual)
+    run("soft_threshold_bwd", x, gate, dy)
+    run("pool_soft_threshold_reduce", x, gate, dy)
+    run("pool_soft_threshold_apply", x, gate, dy, gate, "mean_abs")
+    run("map_scale", x, residual, "none", 1e-5, 0.0)
+    run("map_scale", x, residual, "positions", 1e-5, 0.0)
+    run("map_scale_bwd", x, residual, both, dy, "positions", 1e-5, 0.0)
 
 
 def branch_launches(size, kind, dtype, count=2, n=2, c=64):
@@ -229,6 +236,7 @@ def test_every_kernel(caught, target):
     run("channel_pool", empty((1, 8, 56, 56), BF16, "pixels"), "mean_max", "first", True)  # split, so merged
     x = empty((1, 8, 56, 56), F32, "pixels")
     run("scale_bwd", x, empty((1, 8), F32), None, None, x, "identity", 0.01, "product", False)
+    run("map_scale", x, x, "positions", 1e-5, 0.0)
     mlp_launches(8, 256, 16, F32)
     branch_launches(49, "planes", BF16)
     assert {launch.kernel.__name__ for launch in caught} == set(KERNELS), "kernels without a test"
@@ -244,7 +252,7 @@ def maps_of(launch):
     """How many feature maps a launch loads and stores at least once."""
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     is_map = lambda name: isinstance(given.get(name), torch.Tensor) and given[name].dim() == 4
-    outs = {"y_ptr", "dx_ptr", "e_ptr", *(f"{name}{b}_ptr" for name in ("y", "dx") for b in range(1, 8))}
+    outs = {"y_ptr", "dx_ptr", "e_ptr", "dz_ptr", *(f"{name}{b}_ptr" for name in ("y", "dx") for b in range(1, 8))}
     if launch.kernel.__name__ == "_pool_scale_apply_kernel":
         outs.remove("e_ptr")
     return sum(is_map(n) for n in given if n not in outs), sum(is_map(n) for n in outs)

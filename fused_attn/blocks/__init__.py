@@ -1,9 +1,10 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
-from . import se_source, tails  # noqa: F401  (they register rules)
+from . import se_source, shrinkage_ports, tails  # noqa: F401  (they register rules)
 from .cbam import CBAM
 from .eca import ECA
 from .pyramid_squeeze import PyramidSqueezeAttention
+from .residual_attention import ResidualAttention
 from .selective_kernel import SelectiveKernel
 from .shrinkage import Shrinkage
 from .split_attention import SplitAttention
@@ -14,6 +15,7 @@ __all__ = [
     "ECA",
     "EffectiveSE",
     "PyramidSqueezeAttention",
+    "ResidualAttention",
     "SelectiveKernel",
     "Shrinkage",
     "SplitAttention",

@@ -1,4 +1,4 @@
-"""Shrinkage: every channel is soft-thresholded, by a threshold that a small network reads off the means of all channels.
+"""Shrinkage: every channel is soft-thresholded, by a threshold that a small network reads off their means.
 
     m = mean_s |x|,   α = σ(W2 relu(norm(W1 m + b1)) + b2),   y = sign(x)·max(|x| − τ, 0) (+ identity)
     τ[n, c] = α[n, c]·m[n, c]          threshold="channel" (RSBU-CW)
@@ -10,8 +10,8 @@ Zhao et al., "Deep Residual Shrinkage Networks for Fault Diagnosis", IEEE Transa
 What differs between published versions:
     threshold   the authors' code has the channel-wise form only; the shared form is in the paper
     width       C → C/4 → C (the authors' TFLearn code), C → C → C (their Keras code, and most ports)
-    max         relu(|x| − τ) here; ports write max(sub, sub − sub), which is NaN at ±inf and passes half of the gradient
-                where |x| = τ
+    max         relu(|x| − τ) here; ports write max(sub, sub − sub), which is NaN at ±inf and passes half of the
+                gradient where |x| = τ
     pooling     ports of 2-D maps exist that pool x, not |x|: τ may then be negative, and values grow
     threshold   ports exist with τ = α, and with the labels CW and CS exchanged
 The unit around it, BN–ReLU–conv twice before and the identity after, is plain PyTorch; the identity is `residual`.
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import pool_soft_threshold, shared_mlp
+from ..ops.pool_soft_threshold import pool_soft_threshold
+from ..ops.shared_mlp import shared_mlp
 from ..plan import Plan, Planned, Refused, path, ready, renew, tampered, vars_of
 from ..registry import Block, case
 from .norms import keep, norm_of, norm_state
@@ -51,7 +52,7 @@ class ShrinkagePlan(Plan):
         self, module: nn.Module, fc: str, factor: str, pool: str = "mean_abs", skipped: tuple[str, ...] = ()
     ) -> None:
         super().__init__(module, (fc, *skipped))
-        network: Any = vars(module)["_modules"][fc]
+        network: Any = vars(module)["_modules"].get(fc)
         if path(type(network)) != "torch.nn.modules.container.Sequential" or len(network) != len(_LAYERS):
             raise Refused(f"{fc} is a {path(type(network))}, not a Sequential of {', '.join(_LAYERS)}")
         inner = vars(network)["_modules"]
@@ -93,12 +94,15 @@ class ShrinkagePlan(Plan):
                 tau = alpha * (m if factor == "own" else m.mean(1, keepdim=True))
             return (tau, *statistics)
 
-        out = pool_soft_threshold(x, excite, *(t for t in tensors if t is not None), pool=self.pool, residual=residual)
+        out: Any = pool_soft_threshold(
+            x, excite, *(t for t in tensors if t is not None), pool=self.pool, residual=residual
+        )
         if norm != "batch":
-            return out  # type: ignore[no-any-return]
+            return out
+        y: Tensor
         y, statistics = out
         keep(self.norm, statistics, x.shape[0])  # type: ignore[arg-type]
-        return y  # type: ignore[no-any-return]
+        return y
 
 
 class Shrinkage(Planned):
