@@ -5,7 +5,7 @@ from types import ModuleType
 
 from . import ops
 from .backend import use_backend
-from .blocks import ECA, EffectiveSE, SqueezeExcite
+from .blocks import ECA, EffectiveSE, ShuffleAttention, SpatialGroupEnhance, SqueezeExcite
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
@@ -18,6 +18,8 @@ __all__ = [
     "OPS",
     "EffectiveSE",
     "Report",
+    "ShuffleAttention",
+    "SpatialGroupEnhance",
     "SqueezeExcite",
     "__version__",
     "explain",

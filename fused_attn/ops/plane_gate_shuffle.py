@@ -96,7 +96,7 @@ def _formula(
     norm_bias: Tensor | None, residual: Tensor | None, eps: float, act: str, slope: float,
 ) -> Tensor:  # fmt: skip
     wide = x.to(accumulator(x.dtype))
-    var, mean = torch.var_mean(wide.flatten(2), -1, correction=0)
+    mean, var = wide.flatten(2).mean(-1), wide.flatten(2).var(-1, correction=0)
     weights = (cweight, cbias, sweight, sbias, norm_weight, norm_bias)
     gate, _ = gates(wide, mean, (var + eps).rsqrt(), weights)
     v = shuffled(wide * gate)
@@ -181,7 +181,7 @@ def plane_gate_shuffle(
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, devices or options.
     """
     wide = x.to(accumulator(x.dtype))
-    var, mean = torch.var_mean(wide.flatten(2), -1, correction=0)
+    mean, var = wide.flatten(2).mean(-1), wide.flatten(2).var(-1, correction=0)
     rstd = (var + eps).rsqrt()
     gate, _ = gates(wide, mean, rstd, (cweight, cbias, sweight, sbias, norm_weight, norm_bias))
     v = shuffled(wide * gate)
