@@ -70,18 +70,19 @@ void moments(const Map& x, Range samples, Acc<T>* mean, Acc<T>* var) {
     return;
   }
   const int64_t run = pixels_per_run(c), runs = (x.s + run - 1) / run;
-  const auto means = scratch<A>(n * runs * c), m2s = scratch<A>(n * runs * c), shift = scratch<A>(n * c);
+  const auto means = scratch<A>(n * runs * c), m2s = scratch<A>(n * runs * c), totals = scratch<A>(n * runs * c),
+             shift = scratch<A>(n * c);
   for (int64_t i = 0; i < n; ++i) FA_CALL(first_pixel, (T), x, samples.begin + i, shift.get() + i * c);
   parallel_for(0, n * runs, 1, [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; ++i) {
       const int64_t s = i % runs * run;
       FA_CALL(moments_pixels, (T), x, samples.begin + i / runs, (Range{s, std::min(s + run, x.s)}),
-              shift.get() + i / runs * c, means.get() + i * c, m2s.get() + i * c);
+              shift.get() + i / runs * c, means.get() + i * c, m2s.get() + i * c, totals.get() + i * c);
     }
   });
   for (int64_t i = 0; i < n; ++i)
-    FA_CALL(moments_merge, (T), x, samples.begin + i, run, shift.get() + i * c, means.get() + i * runs * c,
-            m2s.get() + i * runs * c, mean + (samples.begin + i) * c, var + (samples.begin + i) * c);
+    FA_CALL(moments_merge, (A), x, run, shift.get() + i * c, means.get() + i * runs * c, m2s.get() + i * runs * c,
+            totals.get() + i * runs * c, mean + (samples.begin + i) * c, var + (samples.begin + i) * c);
 }
 template void moments<float>(const Map&, Range, float*, float*);
 template void moments<double>(const Map&, Range, double*, double*);

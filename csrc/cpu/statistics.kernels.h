@@ -31,19 +31,6 @@ FA_INLINE A finite_or_zero(A v) {
   return v - v == 0 ? v : A(0);
 }
 
-// Out of the mean relative to `shift` and Σ (v − mean)² of n values. Where that isn't finite it is what a plain sum
-// says.
-template <class T, class A>
-FA_INLINE void finish_moments(double mean, double m2, A shift, const T* p, int64_t n, int64_t step, A* to_mean,
-                              A* to_var) {
-  *to_mean = A(shift + mean);
-  *to_var = A(m2 / double(n));
-  if (*to_mean - *to_mean == 0) return;
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += widen(p[i * step]);
-  *to_mean = A(total / double(n));
-}
-
 template <class T>
 FA_INLINE void moments_run(const T* p, int64_t n, Acc<T>* mean, Acc<T>* var) {
   using A = Acc<T>;
@@ -77,7 +64,12 @@ FA_INLINE void moments_run(const T* p, int64_t n, Acc<T>* mean, Acc<T>* var) {
     whole = among + apart * n2 / (n1 + n2);
     m2 += lanes + apart * apart * n1 * n2 / (n1 + n2);
   }
-  finish_moments<T, A>(whole, m2, shift, p, n, 1, mean, var);
+  *mean = A(shift + whole);
+  *var = A(m2 / double(n));
+  if (*mean - *mean == 0) return;
+  double total = 0;  // a mean that isn't finite is what a plain sum says
+  for (i = 0; i < n; ++i) total += widen(p[i]);
+  *mean = A(total / double(n));
 }
 
 template <class T>
@@ -93,7 +85,7 @@ struct MomentsPixel {
   const T* p;
   int64_t step;
   const A* shift;
-  A *mean, *m2;
+  A *mean, *m2, *total;
   int rows;
   int64_t n;
 
@@ -101,19 +93,26 @@ struct MomentsPixel {
   FA_INLINE void at(int64_t c) const {
     const V k = get<V>(shift + c);
     Moments<V> m{get<V>(mean + c), get<V>(m2 + c), n};
+    V plain = get<V>(total + c);
     if (rows == 8) {
       V v[8];
       FA_UNROLL
-      for (int j = 0; j < 8; ++j) v[j] = load<V>(p + j * step + c) - k;
+      for (int j = 0; j < 8; ++j) {
+        v[j] = load<V>(p + j * step + c);
+        plain = plain + v[j];
+        v[j] = v[j] - k;
+      }
       m.template take<8>(v);
     } else {
       for (int j = 0; j < rows; ++j) {
-        const V v[1] = {load<V>(p + j * step + c) - k};
+        const V x = load<V>(p + j * step + c), v[1] = {x - k};
+        plain = plain + x;
         m.template take<1>(v);
       }
     }
     put<V>(mean + c, m.mean);
     put<V>(m2 + c, m.m2);
+    put<V>(total + c, plain);
   }
 };
 
@@ -125,29 +124,33 @@ void first_pixel(const Map& x, int64_t n, Acc<T>* shift) {
 
 // Pixels [s.begin, s.end) of one sample, relative to `shift`.
 template <class T>
-void moments_pixels(const Map& x, int64_t n, Range s, const Acc<T>* shift, Acc<T>* mean, Acc<T>* m2) {
-  for (int64_t c = 0; c < x.c; ++c) mean[c] = m2[c] = 0;
+void moments_pixels(const Map& x, int64_t n, Range s, const Acc<T>* shift, Acc<T>* mean, Acc<T>* m2, Acc<T>* total) {
+  for (int64_t c = 0; c < x.c; ++c) mean[c] = m2[c] = total[c] = 0;
   for (int64_t p = s.begin; p < s.end;) {
     const int rows = int(std::min<int64_t>(8, s.end - p));
-    MomentsPixel<T> f{x.pixel<const T>(n, p), x.ss, shift, mean, m2, rows, p - s.begin};
+    MomentsPixel<T> f{x.pixel<const T>(n, p), x.ss, shift, mean, m2, total, rows, p - s.begin};
     each<Acc<T>>(x.c, f);
     p += rows;
   }
 }
 
-// The runs of one sample, `run` pixels each but the last, merged in order.
-template <class T>
-void moments_merge(const Map& x, int64_t n, int64_t run, const Acc<T>* shift, const Acc<T>* means, const Acc<T>* m2s,
-                   Acc<T>* mean, Acc<T>* var) {
+// The runs of one sample, `run` pixels each but the last, merged in order. A mean within the deviation of 0 is the
+// plain sum's, which has the digits below the mean's own size; so is one that isn't finite.
+template <class A>
+void moments_merge(const Map& x, int64_t run, const A* shift, const A* means, const A* m2s, const A* totals, A* mean,
+                   A* var) {
   const int64_t runs = (x.s + run - 1) / run;
   for (int64_t c = 0; c < x.c; ++c) {
-    double whole = 0, m2 = 0, seen = 0;
+    double whole = 0, m2 = 0, seen = 0, total = 0;
     for (int64_t j = 0; j < runs; ++j) {
       const double count = double(std::min(run, x.s - j * run)), apart = means[j * x.c + c] - whole;
       whole += apart * count / (seen + count);
       m2 += m2s[j * x.c + c] + apart * apart * seen * count / (seen + count);
       seen += count;
+      total += totals[j * x.c + c];
     }
-    finish_moments<T, Acc<T>>(whole, m2, shift[c], x.pixel<const T>(n, 0) + c, x.s, x.ss, mean + c, var + c);
+    const double plain = total / seen, shifted = shift[c] + whole;
+    var[c] = A(m2 / seen);
+    mean[c] = A(shifted - shifted == 0 && plain * plain > var[c] ? shifted : plain);
   }
 }

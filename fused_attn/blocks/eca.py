@@ -52,16 +52,19 @@ class ConvPlan(Plan):
         super().__init__(module, skipped, (pads,) if pads else ())
         self.circular = pads is not None
         width = vars_of(children[conv])["out_channels"] if second else 1
+        self.first: dict[str, Any] | None = None
         if second:
             self.first = _conv1d(self, conv, children[conv], 1, width, 0, 1)
             self.act, self.slope = activation(self, act or "", children[act or ""], ACTS)
         else:
-            self.first, self.act, self.slope = None, "identity", 0.01
+            self.act, self.slope = "identity", 0.01
         name = second or conv
         padding = 0 if pads else None
         self.conv = _conv1d(self, name, children[name], width, 1, padding, None)
         if pads and vars(module)[pads] != self.conv["weight"].shape[2] // 2:
-            raise Refused(f"{pads} is {vars(module)[pads]}, and the convolution has {self.conv['weight'].shape[2]} taps")
+            raise Refused(
+                f"{pads} is {vars(module)[pads]}, and the convolution has {self.conv['weight'].shape[2]} taps"
+            )
         self.gate, _ = activation(self, gate, children[gate], GATES)
 
     def run(
@@ -88,9 +91,15 @@ def _conv1d(
     plain = options["stride"] == (1,) and options["dilation"] == (1,) and options["groups"] == 1
     same = k // 2 if padding is None else padding
     plain = plain and options["padding"] == (same,) and (not same or options["padding_mode"] == "zeros")
-    if not plain or k % 2 == 0 or taps not in (None, k) or (options["in_channels"], options["out_channels"]) != (
-        inputs,
-        outputs,
+    if (
+        not plain
+        or k % 2 == 0
+        or taps not in (None, k)
+        or (options["in_channels"], options["out_channels"])
+        != (
+            inputs,
+            outputs,
+        )
     ):
         raise Refused(f"{name} is {child!r}, not a convolution of an odd number of taps over the channels")
     return plan.weights(name, child)

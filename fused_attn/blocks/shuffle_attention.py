@@ -70,9 +70,7 @@ class ShuffleAttention(Planned):
     Both gates start at sigmoid(1), as the authors' do. Raises ValueError for channels that groups don't divide.
     """
 
-    def __init__(
-        self, channels: int, groups: int = 64, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, channels: int, groups: int = 64, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if groups < 1 or channels < 1 or channels % (2 * groups):
             raise ValueError(f"channels must be a multiple of 2·groups = {2 * groups}; got {channels}")

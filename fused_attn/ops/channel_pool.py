@@ -160,7 +160,8 @@ def channel_pool(
         goes to the first ("first": `torch.max(dim)`, adaptive max pooling, the authors of CBAM, pytorchcv)
     return_index: also return the position (N, C), int64, of the first maximum in the flattened spatial dimensions
 
-    Returns the descriptor: (N, C), or (2, N, C) for "mean_max" and "mean_var"; float32 for half-precision x, else x's dtype.
+    Returns the descriptor: (N, C), or (2, N, C) for "mean_max" and "mean_var"; float32 for half-precision x, else x's
+        dtype.
     Raises ValueError or TypeError, naming the argument, for a wrong rank, dtype, option or an empty spatial dimension.
     """
     value, _ = pooled(x, pool, "split")

@@ -4,7 +4,9 @@ A program holds one group of one sample, and walks it with all of its channels a
 found again from each tile and never kept:
 
     forward   p; mean and deviation of t; y            reads x three times, writes y
-    backward  e, h, Σ h, Σ h·d; Σ dt·x; dx             reads x, dy, then x, then e, writes dx; h, dt, gate as maps of groups
+    backward  e, h, Σ h, Σ h·d; Σ dt·x; dx             reads x, dy, then x, then e, writes dx
+
+h, dt and the gate are kept as maps, one per group, between the backward's walks.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -47,13 +49,13 @@ def _group_similarity_scale_fwd_kernel(
     x_ptr += n * x_sn + c * x_sc
     lane = tl.arange(0, SP)[None, :]
     total = tl.zeros((CH, SP), ACC)
-    for step in range(0, tl.cdiv(S, SP)):
+    for step in range(tl.cdiv(S, SP)):
         s = (step * SP + lane).to(tl.int64)
         total += tl.load(x_ptr + s * x_ss, mask=live & (s < S), other=0).to(ACC)
     p = tl.sum(total, 1)[:, None] / S
     tl.store(p_ptr + n * C + c, p, mask=live)
     mean, m2 = tl.zeros((1, SP), ACC), tl.zeros((1, SP), ACC)
-    for step in range(0, tl.cdiv(S, SP)):  # as in plane_gate_shuffle_triton.moments
+    for step in range(tl.cdiv(S, SP)):  # as in plane_gate_shuffle_triton.moments
         s = (step * SP + lane).to(tl.int64)
         x = tl.load(x_ptr + s * x_ss, mask=live & (s < S), other=0).to(ACC)
         t = tl.sum(tl.where(live, x * p, 0), 0)[None, :]
@@ -70,16 +72,16 @@ def _group_similarity_scale_fwd_kernel(
     tl.store(mean_ptr + one, whole)
     tl.store(std_ptr + one, std)
     weight, bias = tl.load(weight_ptr + g).to(ACC), tl.load(bias_ptr + g).to(ACC)
-    for step in range(0, tl.cdiv(S, SP)):
+    for step in range(tl.cdiv(S, SP)):
         s = (step * SP + lane).to(tl.int64)
         inside = live & (s < S)
         x = tl.load(x_ptr + s * x_ss, mask=inside, other=0).to(ACC)
         t = tl.sum(tl.where(live, x * p, 0), 0)[None, :]
         v = x * _gate(t, whole, std + EPS, weight, bias)
         if residual_ptr is not None:
-            v += tl.load(
-                residual_ptr + n * residual_sn + c * residual_sc + s * residual_ss, mask=inside, other=0
-            ).to(ACC)
+            v += tl.load(residual_ptr + n * residual_sn + c * residual_sc + s * residual_ss, mask=inside, other=0).to(
+                ACC
+            )
         y = tile.activate(v, ACT, SLOPE, None)
         tl.store(y_ptr + n * y_sn + c * y_sc + s * y_ss, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -107,7 +109,7 @@ def _group_similarity_scale_bwd_kernel(
     mean, std = tl.load(mean_ptr + one), tl.load(std_ptr + one)
     weight, bias = tl.load(weight_ptr + g).to(ACC), tl.load(bias_ptr + g).to(ACC)
     total, along = tl.zeros((1, SP), ACC), tl.zeros((1, SP), ACC)
-    for step in range(0, tl.cdiv(S, SP)):
+    for step in range(tl.cdiv(S, SP)):
         s = (step * SP + lane).to(tl.int64)
         inside = live & (s < S)
         x = tl.load(x_ptr + s * x_ss, mask=inside, other=0).to(ACC)
@@ -134,7 +136,7 @@ def _group_similarity_scale_bwd_kernel(
     shift = scale * total / S
     tl.debug_barrier()  # a thread may read what another has written
     inner = tl.zeros((CH, SP), ACC)
-    for step in range(0, tl.cdiv(S, SP)):
+    for step in range(tl.cdiv(S, SP)):
         s = (step * SP + lane).to(tl.int64)
         inside = live & (s < S)
         x = tl.load(x_ptr + s * x_ss, mask=inside, other=0).to(ACC)
@@ -145,7 +147,7 @@ def _group_similarity_scale_bwd_kernel(
         tl.store(dt_ptr + s, dt, mask=s < S)
     inner = tl.sum(inner, 1)[:, None] / S
     tl.debug_barrier()
-    for step in range(0, tl.cdiv(S, SP)):
+    for step in range(tl.cdiv(S, SP)):
         s = (step * SP + lane).to(tl.int64)
         inside = live & (s < S)
         gate = tl.load(gate_ptr + s, mask=s < S, other=0)

@@ -24,7 +24,9 @@ from .scale_triton import epilogue_gradient
 
 @triton.jit
 def moments(x_ptr, live, S, ss, ACC: tl.constexpr, CH: tl.constexpr, SP: tl.constexpr):
-    """Mean, biased variance, and the mean by a plain sum, of planes: x_ptr (CH, 1) where each starts, live (CH, 1) which are there.
+    """Mean, biased variance, and the mean by a plain sum, of planes.
+
+    x_ptr: (CH, 1) where each starts; live: (CH, 1) which are there
 
     Each lane updates its own (Welford, 1962), relative to the plane's first value; lanes are merged at the end (Chan,
     Golub & LeVeque, 1979). A mean that isn't finite is what the plain sum says.
@@ -33,7 +35,7 @@ def moments(x_ptr, live, S, ss, ACC: tl.constexpr, CH: tl.constexpr, SP: tl.cons
     shift = tl.where(shift - shift == 0, shift, 0)
     mean, m2, total = tl.zeros((CH, SP), ACC), tl.zeros((CH, SP), ACC), tl.zeros((CH, SP), ACC)
     lane = tl.arange(0, SP)[None, :]
-    for step in range(0, tl.cdiv(S, SP)):
+    for step in range(tl.cdiv(S, SP)):
         s = step * SP + lane
         inside = live & (s < S)
         x = tl.load(x_ptr + s.to(tl.int64) * ss, mask=inside, other=0).to(ACC)
@@ -116,15 +118,15 @@ def _plane_gate_shuffle_fwd_kernel(
     tl.store(stats_ptr + n * C + c, mean, mask=live)
     tl.store(stats_ptr + CHANNELS + n * C + c, rstd, mask=live)
     to = _shuffled(c, C).to(tl.int64)
-    for step in range(0, tl.cdiv(S, SP)):
+    for step in range(tl.cdiv(S, SP)):
         s = (step * SP + tl.arange(0, SP)[None, :]).to(tl.int64)
         inside = live & (s < S)
         x = tl.load(x_ptr + s * x_ss, mask=inside, other=0).to(ACC)
         v = x * _gate(x, mean, slope, offset)
         if residual_ptr is not None:
-            v += tl.load(
-                residual_ptr + n * residual_sn + to * residual_sc + s * residual_ss, mask=inside, other=0
-            ).to(ACC)
+            v += tl.load(residual_ptr + n * residual_sn + to * residual_sc + s * residual_ss, mask=inside, other=0).to(
+                ACC
+            )
         y = tile.activate(v, ACT, SLOPE, None)
         tl.store(y_ptr + n * y_sn + to * y_sc + s * y_ss, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -150,7 +152,7 @@ def _plane_gate_shuffle_bwd_kernel(
     if kept_ptr is not None:
         kept_ptr += n * kept_sn + to * kept_sc
     q0, q1 = tl.zeros((CH, SP), ACC), tl.zeros((CH, SP), ACC)
-    for step in range(0, tl.cdiv(S, SP)):
+    for step in range(tl.cdiv(S, SP)):
         s = (step * SP + tl.arange(0, SP)[None, :]).to(tl.int64)
         inside = live & (s < S)
         x = tl.load(x_ptr + s * x_ss, mask=inside, other=0).to(ACC)
@@ -171,7 +173,7 @@ def _plane_gate_shuffle_bwd_kernel(
     add, along = q0 / S, q1 / S * rstd
     if kept_ptr is not None:
         tl.debug_barrier()  # a thread may read what another has written
-    for step in range(0, tl.cdiv(S, SP)):
+    for step in range(tl.cdiv(S, SP)):
         s = (step * SP + tl.arange(0, SP)[None, :]).to(tl.int64)
         inside = live & (s < S)
         if kept_ptr is not None:
@@ -200,7 +202,7 @@ def _plane_gate_shuffle_merge_kernel(
     """One program per element k: sums over samples and groups, GROUPS = N·G of them, in order."""
     k = tl.program_id(0)
     c0, c1, s0, s1 = (tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC))
-    for step in range(0, tl.cdiv(GROUPS, ROWS)):
+    for step in range(tl.cdiv(GROUPS, ROWS)):
         row = (step * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         live, at = row < GROUPS, row * 2 * K + k
         q = tl.load(q0_ptr + at, mask=live, other=0)

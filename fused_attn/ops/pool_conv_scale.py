@@ -184,7 +184,7 @@ def pool_conv_scale(
 
 def _check_bwd(x: Tensor, dy: Tensor, aux: Tensor | None, saved: Tensor, *args: object) -> None:
     checks.like("dy", dy, "x", x)
-    _check(x, *args[:4], aux, *args[4:-1])  # type: ignore[arg-type]
+    _check(x, *args[:4], aux, *args[4:-1])  # type: ignore[arg-type,call-arg]
 
 
 def gradients(
@@ -238,9 +238,7 @@ def pool_conv_scale_bwd(
     p, u = saved.view(2, *x.shape[:2])
     g = activations.apply(gate, u)
     none, index = p.new_empty(0), p.new_empty(0, dtype=torch.int64)
-    dgate, e, _ = pool_scale_reduce.eager(
-        x, dy, g, aux, none, epilogue, epilogue_slope, "mean", "split", residual
-    )
+    dgate, e, _ = pool_scale_reduce.eager(x, dy, g, aux, none, epilogue, epilogue_slope, "mean", "split", residual)
     du = dgate * activations.grad(gate, u)
     dp, *dweights = gradients(p, du, weight, bias, w1, b1, act, slope, circular)
     written = keeps_e(epilogue, residual)
@@ -248,7 +246,7 @@ def pool_conv_scale_bwd(
     dx = pool_scale_apply.eager(
         x, e if written else dy, g, dp, none, index, none, through, epilogue_slope, "mean", "split"
     )
-    return dx, e, *dweights  # type: ignore[return-value]
+    return dx, e, *dweights
 
 
 __all__ = ["pool_conv_scale", "pool_conv_scale_bwd"]

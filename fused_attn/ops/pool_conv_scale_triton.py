@@ -1,7 +1,7 @@
 """Triton kernels of a channel gate by a convolution over the channels: pool and scale are other ops' kernels.
 
-    u = b + Σ_h Σ_t w[h, t]·v[h, c + t − k//2]              one program per sample and block of channels
-    backward: dp, and what the block adds to the gradients of the weights, which are summed over blocks in order
+u = b + Σ_h Σ_t w[h, t]·v[h, c + t − k//2]              one program per sample and block of channels
+backward: dp, and what the block adds to the gradients of the weights, which are summed over blocks in order
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -49,7 +49,7 @@ def _channel_conv_fwd_kernel(
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     u = tl.zeros((BLOCK,), ACC)
-    for h in range(0, H):
+    for h in range(H):
         for t in tl.static_range(K):
             at, inside = _neighbour(c, C, t - K // 2, CIRCULAR)
             _, _, v = _value(p_ptr + n * C, at, inside & (c < C), w1_ptr, b1_ptr, h, ACC, ACT, SLOPE)
@@ -82,7 +82,7 @@ def _channel_conv_bwd_kernel(
     du = _logit_gradient(u_ptr, dgate_ptr, c, live, GATE)
     tl.store(parts_ptr + H * (K + 2), tl.sum(du, 0))
     dp = tl.zeros((BLOCK,), ACC)
-    for h in range(0, H):
+    for h in range(H):
         dv = tl.zeros((BLOCK,), ACC)
         for t in tl.static_range(K):
             at, inside = _neighbour(c, C, t - K // 2, CIRCULAR)
@@ -149,9 +149,7 @@ def pool_conv_scale_bwd(
     p, u = saved.contiguous().view(2, n, c)
     none, index = p.new_empty(0), p.new_empty(0, dtype=torch.int64)
     g = torch.empty_like(u)
-    tile.launch(
-        _gates_kernel, (triton.cdiv(n * c, _BLOCK),), x, u, g, n * c, GATE=gate, BLOCK=_BLOCK, num_warps=1
-    )
+    tile.launch(_gates_kernel, (triton.cdiv(n * c, _BLOCK),), x, u, g, n * c, GATE=gate, BLOCK=_BLOCK, num_warps=1)
     dgate, e, _ = pool_scale_reduce(x, dy, g, aux, none, epilogue, epilogue_slope, "mean", "split", residual)
     dp, blocks, size = torch.empty_like(p), triton.cdiv(c, _BLOCK), h * (k + 2) + 1
     parts = torch.empty((n * blocks, size), dtype=p.dtype, device=x.device)
@@ -170,9 +168,7 @@ def pool_conv_scale_bwd(
     dweight, dw1, db1, dbias = (x.new_empty(0) if t is None else t for t in grads)
     written = keeps_e(epilogue, residual)
     through = "identity" if residual else epilogue
-    dx = pool_scale_apply(
-        x, e if written else dy, g, dp, none, index, none, through, epilogue_slope, "mean", "split"
-    )
+    dx = pool_scale_apply(x, e if written else dy, g, dp, none, index, none, through, epilogue_slope, "mean", "split")
     return dx, e, dweight, dbias, dw1, db1
 
 

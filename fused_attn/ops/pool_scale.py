@@ -118,8 +118,8 @@ def pool_scale_apply(
 ) -> Tensor:  # fmt: skip
     """Second half of the backward: dx = e·gate + pool'(x)·dpooled, with e = dy·act'(x·gate) where act isn't "identity".
 
-    values, count: (N, C) the maxima and how often each occurs, for ties="split", or the means for "mean_var"; index: (N, C) their place, for
-        ties="first"
+    values, count: (N, C) the maxima and how often each occurs, for ties="split", or the means for "mean_var"; index:
+        (N, C) their place, for ties="first"
     """
     e = epilogue_gradient(e, x, gate, None, act, slope)
     two = pool == "mean_var" or (pool == "mean_max" and ties == "split")
@@ -142,9 +142,9 @@ def pool_scale(
 
     x: (N, C, *S) feature map
     excite: a differentiable function (descriptor, *params) -> gate (N, C); the descriptor is (N, C), or (2, N, C) for
-        "mean_max" and "mean_var", float32 for half-precision x. It runs again in backward, so it must be pure: no dropout, nothing
-        kept; statistics that the caller keeps are returned beside the gate, as a tuple (gate, *statistics). Tensors
-        that need a gradient must come through `params`, not through a closure.
+        "mean_max" and "mean_var", float32 for half-precision x. It runs again in backward, so it must be pure: no
+        dropout, nothing kept; statistics that the caller keeps are returned beside the gate, as a tuple (gate,
+        *statistics). Tensors that need a gradient must come through `params`, not through a closure.
     params: tensors handed to excite, which receive gradients
     pool, ties: as in `channel_pool`
     residual, act, slope: as in `scale`

@@ -74,7 +74,8 @@ def launch_apply(
     tile.launch(
         _pool_scale_apply_kernel, w.grid, x, read, e, gate if gate is None else gate.contiguous(),
         None if pool == "max" else dmean, dmax if pool == "mean_var" else None, dmax if has_max(pool) else None,
-        maxima.contiguous() if split or pool == "mean_var" else None, count if split else None, index.contiguous() if first else None,
+        maxima.contiguous() if split or pool == "mean_var" else None, count if split else None,
+        index.contiguous() if first else None,
         dx, w.a, w.b, *strides, ABS=pool == "mean_abs", ACT=act, SLOPE=slope, **w.meta,
     )  # fmt: skip
     return dx

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SE = dict(w1=(3, 8), b1=(3,), w2=(8, 3), b2=(8,))
 NORM = dict(norm_weight=(3,), norm_bias=(3,))
-SA = {name: (2,) for name in ("cweight", "cbias", "sweight", "sbias", "norm_weight", "norm_bias")}
+SA = dict.fromkeys(("cweight", "cbias", "sweight", "sbias", "norm_weight", "norm_bias"), (2,))
 
 # (op, dtype, layout, arguments)
 RUNS = [
@@ -87,7 +87,9 @@ RUNS = [
 
 def named(run):
     name, dtype, layout, args = run
-    return f"{name}-{str(dtype)[6:]}-{layout}-{case(**{k: v for k, v in args.items() if k not in {**SE, **NORM, **SA}})}"
+    return (
+        f"{name}-{str(dtype)[6:]}-{layout}-{case(**{k: v for k, v in args.items() if k not in {**SE, **NORM, **SA}})}"
+    )
 
 
 def drawn(name, dtype, layout, args, **how):
