@@ -7,7 +7,7 @@ Wang et al., "ECA-Net", arXiv:1910.03151, eq. 6; k is the odd number next to |lo
 
 What differs between published versions:
     k           timm derives it from the channels and never goes below 3; the authors' `eca_layer` takes it as given
-    edges       zeros beyond the first and the last channel; timm's `CecaModule` makes the first the last one's neighbour
+    edges       zeros beyond the first and the last channel; in timm's `CecaModule` the ends are neighbours
     bias        none; timm's `CecaModule` has one where `act_layer` is given, and never applies that activation
     act         timm applies `act_layer` with `use_mlp` alone, after a layer from 1 to C/8 values per channel
 """
