@@ -58,17 +58,23 @@ enum class From {
 };
 
 // What else the pooled gradient adds to dx besides a constant per plane.
-enum class Back { add, share, sign };
+enum class Back { add, share, sign, deviation };
 
-enum class Pool { mean, max, mean_max, mean_abs };
+enum class Pool { mean, max, mean_max, mean_abs, mean_var };
 Pool pool_of(const std::string& name);
 // Whether ties are split; complains about another rule than "split" and "first".
 bool splits(const std::string& ties);
+// Whether there are two descriptors.
+constexpr bool is_pair(Pool pool) { return pool == Pool::mean_max || pool == Pool::mean_var; }
 constexpr bool has_max(Pool pool) { return pool == Pool::max || pool == Pool::mean_max; }
 
 // mean[n, c] (of |x| for mean_abs), max[n, c], index[n, c] of the first maximum; a null pointer where it isn't wanted.
 template <class T>
 void pool(const Map& x, Range samples, Pool kind, Acc<T>* mean, Acc<T>* max, int64_t* index);
+
+// Mean and variance (of S, not S − 1) of every plane, in one read.
+template <class T>
+void moments(const Map& x, Range samples, Acc<T>* mean, Acc<T>* var);
 
 // y = act(x·gate + residual).
 template <class T>
@@ -102,14 +108,17 @@ void reduce(const Epilogue<T>& in, const Map& kept, const Map& dx, Range samples
 template <class T>
 void count_max(const Map& x, Range samples, const Acc<T>* max, Acc<T>* count);
 
-// The pooled gradient, spread over a plane: dx = e·gate + add + share·[x = max] + sign·sign(x) + first·[s = index].
+// The pooled gradient, spread over a plane: dx = e·gate + add + share·[x = max] + sign·sign(x) + first·[s = index]
+// + slope·(x − centre).
 template <class A>
 struct Spread {
-  const A* add = nullptr;    // the mean's: dmean / S
-  const A* share = nullptr;  // the maximum's, divided among ties: dmax / count
-  const A* max = nullptr;    // where it is
-  const A* sign = nullptr;   // the mean of |x|'s
-  const A* first = nullptr;  // the maximum's, all of it
+  const A* add = nullptr;     // the mean's: dmean / S
+  const A* share = nullptr;   // the maximum's, divided among ties: dmax / count
+  const A* max = nullptr;     // where it is
+  const A* sign = nullptr;    // the mean of |x|'s
+  const A* slope = nullptr;   // the variance's: 2·dvar / S
+  const A* centre = nullptr;  // the mean
+  const A* first = nullptr;   // the maximum's, all of it
   const int64_t* index = nullptr;
 };
 template <class T>

@@ -32,6 +32,8 @@ __all__ = [
     "ResidualAttention",
     "SelectiveKernel",
     "Shrinkage",
+    "ShuffleAttention",
+    "SpatialGroupEnhance",
     "SplitAttention",
     "SqueezeExcite",
     "__version__",

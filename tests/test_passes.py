@@ -23,6 +23,19 @@ BRANCHES = {
     "split attention": (False, dict(x=[4, 32, 28, 28], gate=[4, 2, 16]), (4, 1), (4, 2)),
     "psa": (True, dict(x=MAP, x1=MAP, x2=MAP, x3=MAP, gate=[4, 4, 16], merge="concat_reversed"), (8, 4), (12, 4)),
 }
+SA = dict(x=[4, 64, 28, 28], **{n: [4] for n in ("cweight", "cbias", "sweight", "sbias", "norm_weight", "norm_bias")})
+SGE = dict(x=[4, 64, 28, 28], weight=[8], bias=[8])
+ECA = dict(x=[4, 64, 28, 28], weight=[1, 1, 3])
+RESIDUAL = dict(residual=[4, 64, 28, 28], act="relu")
+# (op, arguments, forward reads and writes, forward and backward in all); planes, and half a read more in pixels
+PLANEWISE = {
+    "sa": ("plane_gate_shuffle", SA, (2, 1), 7.5),
+    "sa, residual, relu": ("plane_gate_shuffle", {**SA, **RESIDUAL}, (3, 1), 10.5),
+    "sge": ("group_similarity_scale", SGE, (3, 1), 9),
+    "sge, residual, relu": ("group_similarity_scale", {**SGE, **RESIDUAL}, (4, 1), 12),
+    "eca": ("pool_conv_scale", ECA, (2, 1), 7),
+    "eca, residual, relu": ("pool_conv_scale", dict(ECA, residual=SE["x"], epilogue="relu"), (3, 1), 10),
+}
 LAYOUTS = ("contiguous", "channels_last")
 SLACK = 0.05  # the first maximum of a plane is read again where it lies: one element of 35 in the smallest case
 
@@ -46,6 +59,10 @@ REQUESTS = [
 ] + [
     dict(op="branch_scale", around=each, args=args, layout=layout)
     for each, args, *_ in BRANCHES.values()
+    for layout in LAYOUTS
+] + [
+    dict(op=op, args=args, layout=layout, total=total, forward=forward)
+    for op, args, forward, total in PLANEWISE.values()
     for layout in LAYOUTS
 ]  # fmt: skip
 
@@ -119,6 +136,21 @@ def test_branches_end_to_end(answers, what, layout):
         assert passes.reads * count == pytest.approx(reads, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
         assert passes.writes * count == pytest.approx(writes, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
     assert answer["inference"] == answer["forward"]
+
+
+@pytest.mark.parametrize("what", PLANEWISE)
+def test_totals_of_whole_planes(answers, what, layout):
+    """The same for what takes planes and groups of them whole."""
+    op, args, (reads, writes), total = PLANEWISE[what]
+    if op == "plane_gate_shuffle" and layout == "channels_last":
+        total += 0.5
+    answer = next(a for r, a in answers if r["op"] == op and r.get("args") == args and r["layout"] == layout)
+    for mode in ("inference", "forward"):
+        passes = Passes(**answer[mode])
+        assert passes.reads <= reads + SLACK, f"{mode}: {passes}"
+        assert passes.writes <= writes + SLACK, f"{mode}: {passes}"
+    forward, backward = Passes(**answer["forward"]), Passes(**answer["backward"])
+    assert forward.total + backward.total <= total + SLACK, f"{forward} and {backward}; ATen: {answer['aten']}"
 
 
 def test_a_strided_gradient_costs_one_copy(library):

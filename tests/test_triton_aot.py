@@ -211,6 +211,32 @@ def branch_launches(size, kind, dtype, count=2, n=2, c=64):
     run("branch_pool", dy, *inside, count, False)
 
 
+def plane_launches(size, kind, dtype, act="relu", n=2, c=64):
+    """What takes planes, or groups of them, whole."""
+    acc, side = F64 if dtype == F64 else F32, SIDES.get(size, size)
+    x, dy, residual = (empty((n, c, side, side), dtype, kind) for _ in range(3))
+    aux = activations.needs_aux(act, True) and residual
+    run("channel_pool", x, "mean_var", "split", False)
+    two = empty((2, n, c), acc)
+    run("channel_pool_bwd", x, two, two, empty((0,), torch.int64), "mean_var", "split")
+    k, groups = max(c // 16, 1), max(c // 8, 1)
+    parameters = [empty((1, k, 1, 1), dtype) for _ in range(4)] + [empty((k,), dtype)] * 2
+    run("plane_gate_shuffle", x, *parameters, residual, 1e-5, act, 0.01)
+    run("plane_gate_shuffle_bwd", x, dy, aux, two, *parameters, act, 0.01, True)
+    run("plane_gate_shuffle_bwd", x, dy, None, two, *parameters, act, 0.01, False)
+    weight, state = empty((1, groups, 1, 1), dtype), empty((n * (c + 2 * groups),), acc)
+    run("group_similarity_scale", x, weight, weight, residual, 1e-5, act, 0.01)
+    run("group_similarity_scale_bwd", x, dy, aux, state, weight, weight, 1e-5, act, 0.01, True)
+    run("group_similarity_scale_bwd", x, dy, None, state, weight, weight, 1e-5, act, 0.01, False)
+    for hidden in (None, 8):
+        w1 = hidden and empty((hidden, 1, 1), dtype)
+        b1 = hidden and empty((hidden,), dtype)
+        net = (empty((1, hidden or 1, 5), dtype), empty((1,), dtype), w1, b1)
+        run("pool_conv_scale", x, *net, residual, "gelu", "sigmoid", 0.01, False, act, 0.01)
+        saved = empty((2 * n * c,), acc)
+        run("pool_conv_scale_bwd", x, dy, aux, saved, *net, "gelu", "sigmoid", 0.01, False, act, 0.01, True)
+
+
 def network(c, hidden, dtype, act="relu", norm="none"):
     """The tensors and options of an Mlp."""
     v = lambda: empty((hidden,), dtype)
@@ -239,6 +265,7 @@ def test_every_kernel(caught, target):
     run("map_scale", x, x, "positions", 1e-5, 0.0)
     mlp_launches(8, 256, 16, F32)
     branch_launches(49, "planes", BF16)
+    plane_launches(49, "planes", BF16)
     assert {launch.kernel.__name__ for launch in caught} == set(KERNELS), "kernels without a test"
     seen = set()
     for launch in caught:
@@ -246,6 +273,15 @@ def test_every_kernel(caught, target):
             continue  # one variant of each will do where the next test looks closer at another target
         seen.add(launch.kernel.__name__)
         assert_lean(launch.kernel.__name__, built(launch, target))
+
+
+@pytest.mark.parametrize(("size", "kind", "dtype"), [(784, "planes", F32), (49, "pixels", BF16), (13, "planes", F64)])
+def test_whole_planes(caught, size, kind, dtype):
+    """Kernels that hold planes or groups of them: nothing spills, in either layout, with an expensive activation."""
+    plane_launches(size, kind, dtype, act="gelu")
+    for launch in caught:
+        if "CH" in launch.meta:
+            assert_lean(launch.kernel.__name__, built(launch, "sm_90"))
 
 
 def maps_of(launch):

@@ -10,6 +10,7 @@ Pool pool_of(const std::string& name) {
   if (name == "mean") return Pool::mean;
   if (name == "max") return Pool::max;
   if (name == "mean_max") return Pool::mean_max;
+  if (name == "mean_var") return Pool::mean_var;
   STD_TORCH_CHECK(name == "mean_abs", "unknown pool ", name);
   return Pool::mean_abs;
 }
@@ -60,12 +61,43 @@ static void pool_as(const Map& x, Range samples, Acc<T>* total, Acc<T>* most, in
 }
 
 template <class T>
+void moments(const Map& x, Range samples, Acc<T>* mean, Acc<T>* var) {
+  using A = Acc<T>;
+  const int64_t c = x.c, n = samples.end - samples.begin;
+  if (!x.pixels) {
+    parallel_for(samples.begin * c, samples.end * c, grain(x.s),
+                 [&](int64_t b, int64_t e) { FA_CALL(moments_planes, (T), x, Range{b, e}, mean, var); });
+    return;
+  }
+  const int64_t run = pixels_per_run(c), runs = (x.s + run - 1) / run;
+  const auto means = scratch<A>(n * runs * c), m2s = scratch<A>(n * runs * c), totals = scratch<A>(n * runs * c),
+             shift = scratch<A>(n * c);
+  for (int64_t i = 0; i < n; ++i) FA_CALL(first_pixel, (T), x, samples.begin + i, shift.get() + i * c);
+  parallel_for(0, n * runs, 1, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t s = i % runs * run;
+      FA_CALL(moments_pixels, (T), x, samples.begin + i / runs, (Range{s, std::min(s + run, x.s)}),
+              shift.get() + i / runs * c, means.get() + i * c, m2s.get() + i * c, totals.get() + i * c);
+    }
+  });
+  for (int64_t i = 0; i < n; ++i)
+    FA_CALL(moments_merge, (A), x, run, shift.get() + i * c, means.get() + i * runs * c, m2s.get() + i * runs * c,
+            totals.get() + i * runs * c, mean + (samples.begin + i) * c, var + (samples.begin + i) * c);
+}
+template void moments<float>(const Map&, Range, float*, float*);
+template void moments<double>(const Map&, Range, double*, double*);
+template void moments<BFloat16>(const Map&, Range, float*, float*);
+template void moments<Half>(const Map&, Range, float*, float*);
+
+template <class T>
 void pool(const Map& x, Range samples, Pool kind, Acc<T>* mean, Acc<T>* max, int64_t* index) {
   switch (kind) {
     case Pool::mean:
       return pool_as<T, Pool::mean, false>(x, samples, mean, nullptr, nullptr);
     case Pool::mean_abs:
       return pool_as<T, Pool::mean_abs, false>(x, samples, mean, nullptr, nullptr);
+    case Pool::mean_var:
+      return moments<T>(x, samples, mean, max);
     case Pool::max:
       return index ? pool_as<T, Pool::max, true>(x, samples, nullptr, max, index)
                    : pool_as<T, Pool::max, false>(x, samples, nullptr, max, nullptr);
@@ -84,7 +116,7 @@ static std::tuple<Tensor, std::optional<Tensor>> pooled(const Tensor& x, const s
   const Pool kind = pool_of(pool_name);
   const Map map = maps_of({&x})[0];
   STD_TORCH_CHECK(map.s <= std::numeric_limits<int32_t>::max(), "plane too large");
-  const bool two = kind == Pool::mean_max;
+  const bool two = is_pair(kind);
   const ScalarType acc = acc_dtype(x.scalar_type());
   Tensor value = two ? new_dense({2, map.n, map.c}, acc) : new_dense({map.n, map.c}, acc);
   std::optional<Tensor> where;
@@ -114,12 +146,12 @@ Tensor channel_pool_bwd_cpu(const Tensor& x, const Tensor& dpooled, const Tensor
                             const std::string& pool_name, const std::string& ties) {
   check_map(x);
   const Pool kind = pool_of(pool_name);
-  const bool two = kind == Pool::mean_max, split = splits(ties) && has_max(kind);
+  const bool two = is_pair(kind), split = splits(ties) && has_max(kind);
   Tensor dx = new_like(x);
   const auto maps = maps_of({&x, &dx});
   const Map m = maps[0];
   for (const Tensor* t : {&dpooled, &values}) {
-    if (t == &values && !split) continue;
+    if (t == &values && !split && kind != Pool::mean_var) continue;
     if (two)
       check_shape(*t, {2, m.n, m.c});
     else
@@ -139,7 +171,11 @@ Tensor channel_pool_bwd_cpu(const Tensor& x, const Tensor& dpooled, const Tensor
     if (two || kind == Pool::mean) back.add = mean.get();
     if (kind == Pool::mean_abs) back.sign = mean.get();
     const Epilogue<T> none{m, {}, {}, zero.get(), Act::identity, 0};
-    if (split) {
+    if (kind == Pool::mean_var) {
+      for (int64_t i = 0; i < nc; ++i) share[i] = 2 * dmax[i] / A(m.s);
+      back.slope = share.get();
+      back.centre = v.get();
+    } else if (split) {
       count_max<T>(m, {0, m.n}, max, share.get());
       for (int64_t i = 0; i < nc; ++i) share[i] = dmax[i] / share[i];
       back.share = share.get();

@@ -1,3 +1,5 @@
+#include "cpu/statistics.kernels.h"
+
 // Running sum and maximum of one channel, V lanes at a time.
 template <class V, Pool K, bool Index>
 struct Running {

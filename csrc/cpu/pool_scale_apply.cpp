@@ -24,6 +24,8 @@ void apply(const Epilogue<T>& in, const Map& dx, Range samples, const Spread<Acc
       apply_as<T, F, Back::share>(in, dx, samples, back);
     else if (back.sign)
       apply_as<T, F, Back::sign>(in, dx, samples, back);
+    else if (back.slope)
+      apply_as<T, F, Back::deviation>(in, dx, samples, back);
     else
       apply_as<T, F, Back::add>(in, dx, samples, back);
   };
@@ -50,12 +52,13 @@ Tensor pool_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate
   check_same(x, e);
   check_shape(gate, {x.size(0), x.size(1)});
   const Pool kind = pool_of(pool_name);
-  const bool two = kind == Pool::mean_max, split = splits(ties) && has_max(kind);
+  const bool two = is_pair(kind), split = splits(ties) && has_max(kind);
   if (two)
     check_shape(dpooled, {2, x.size(0), x.size(1)});
   else
     check_shape(dpooled, {x.size(0), x.size(1)});
-  if (split) check_shape(values, {x.size(0), x.size(1)}), check_shape(count, {x.size(0), x.size(1)});
+  if (split || kind == Pool::mean_var) check_shape(values, {x.size(0), x.size(1)});
+  if (split) check_shape(count, {x.size(0), x.size(1)});
   Tensor dx = new_like(x);
   const auto maps = maps_of({&x, &e, &dx});
   const Index places = has_max(kind) && !split ? Index(index, maps[0].n, maps[0].c, maps[0].s) : Index();
@@ -64,14 +67,18 @@ Tensor pool_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate
     using A = Acc<T>;
     const int64_t nc = maps[0].n * maps[0].c;
     const Dense<A> g(gate), dp(dpooled), max(values), seen(count);
-    const auto mean = scratch<A>(nc), share = scratch<A>(split ? nc : 0);
+    const auto mean = scratch<A>(nc), share = scratch<A>(split || kind == Pool::mean_var ? nc : 0);
     const A* dmax = dp.get() + (two ? nc : 0);
     Spread<A> back;
     if (kind != Pool::max) {
       for (int64_t i = 0; i < nc; ++i) mean[i] = dp.get()[i] / A(maps[0].s);
       (kind == Pool::mean_abs ? back.sign : back.add) = mean.get();
     }
-    if (split) {
+    if (kind == Pool::mean_var) {
+      for (int64_t i = 0; i < nc; ++i) share[i] = 2 * dmax[i] / A(maps[0].s);
+      back.slope = share.get();
+      back.centre = max.get();
+    } else if (split) {
       for (int64_t i = 0; i < nc; ++i) share[i] = dmax[i] / seen.get()[i];
       back.share = share.get();
       back.max = max.get();

@@ -6,7 +6,7 @@ struct Apply {
   using A = Acc<T>;
   const T *x, *dy, *aux;
   T* dx;
-  const A *gate, *add, *share, *max, *sign;
+  const A *gate, *add, *share, *max, *sign, *slopes, *centre;
   Act act;
   A slope;
   bool output, stream;
@@ -37,6 +37,7 @@ struct Apply {
       const V d = of<V>(sign, i);
       out = out + select(v > V{}, d, select(v < V{}, -d, V{}));
     }
+    if constexpr (B == Back::deviation) out = out + of<V>(slopes, i) * (v - of<V>(centre, i));
     return out;
   }
   template <class V>
@@ -62,6 +63,8 @@ void apply_planes(const Epilogue<T>& in, const Map& dx, Range rows, const Spread
                                   at(back.share),
                                   at(back.max),
                                   at(back.sign),
+                                  at(back.slope),
+                                  at(back.centre),
                                   in.act,
                                   in.slope,
                                   from_output(in.act),
@@ -89,6 +92,8 @@ void apply_pixels(const Epilogue<T>& in, const Map& dx, Range pixels, const Spre
                                  at(back.share),
                                  at(back.max),
                                  at(back.sign),
+                                 at(back.slope),
+                                 at(back.centre),
                                  in.act,
                                  in.slope,
                                  from_output(in.act),

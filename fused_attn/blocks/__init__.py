@@ -7,6 +7,8 @@ from .pyramid_squeeze import PyramidSqueezeAttention
 from .residual_attention import ResidualAttention
 from .selective_kernel import SelectiveKernel
 from .shrinkage import Shrinkage
+from .shuffle_attention import ShuffleAttention
+from .spatial_group_enhance import SpatialGroupEnhance
 from .split_attention import SplitAttention
 from .squeeze_excite import EffectiveSE, SqueezeExcite
 
@@ -18,6 +20,8 @@ __all__ = [
     "ResidualAttention",
     "SelectiveKernel",
     "Shrinkage",
+    "ShuffleAttention",
+    "SpatialGroupEnhance",
     "SplitAttention",
     "SqueezeExcite",
 ]

@@ -7,7 +7,7 @@ Wang et al., "ECA-Net", arXiv:1910.03151, eq. 6; k is the odd number next to |lo
 
 What differs between published versions:
     k           timm derives it from the channels and never goes below 3; the authors' `eca_layer` takes it as given
-    edges       zeros beyond the first and the last channel; timm's `CecaModule` makes the first the last one's neighbour
+    edges       zeros beyond the first and the last channel; in timm's `CecaModule` the ends are neighbours
     bias        none; timm's `CecaModule` has one where `act_layer` is given, and never applies that activation
     act         timm applies `act_layer` with `use_mlp` alone, after a layer from 1 to C/8 values per channel
 """
@@ -53,11 +53,12 @@ class ConvPlan(Plan):
         super().__init__(module, skipped, (pads,) if pads else ())
         self.circular = pads is not None
         width = vars_of(children[conv])["out_channels"] if second else 1
+        self.first: dict[str, Any] | None = None
         if second:
             self.first = _conv1d(self, conv, children[conv], 1, width, 0, 1)
             self.act, self.slope = activation(self, act or "", children[act or ""], ACTS)
         else:
-            self.first, self.act, self.slope = None, "identity", 0.01
+            self.act, self.slope = "identity", 0.01
         name = second or conv
         padding = 0 if pads else None
         self.conv = _conv1d(self, name, children[name], width, 1, padding, None)

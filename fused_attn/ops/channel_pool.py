@@ -4,9 +4,11 @@
     max       p[n, c] = max_s x[n, c, s]
     mean_max  both, stacked: (2, N, C)
     mean_abs  p[n, c] = 1/S Σ_s |x[n, c, s]|
+    mean_var  the mean m, and v[n, c] = 1/S Σ_s (x[n, c, s] − m[n, c])², stacked: (2, N, C)
 
 Squeeze of SE (Hu et al., arXiv:1709.01507, eq. 2), channel gate of CBAM (Woo et al., arXiv:1807.06521, eq. 2),
-thresholds of DRSN (Zhao et al., 2020, §III-B). Backward: dx = dp/S, dp at the maxima, sign(x)·dp/S.
+thresholds of DRSN (Zhao et al., 2020, §III-B), plane statistics of an instance norm. Backward: dx = dp/S, dp at the
+maxima, sign(x)·dp/S, dm/S + 2·(x − m)·dv/S.
 """
 
 import torch
@@ -16,13 +18,18 @@ from ..layout import accumulator, like
 from ..registry import case, op
 from . import checks
 
-POOLS = ("mean", "max", "mean_max", "mean_abs")
+POOLS = ("mean", "max", "mean_max", "mean_abs", "mean_var")
 TIES = ("split", "first")
 
 
 def has_max(pool: str) -> bool:
     """Whether this pooling needs the maximum."""
     return pool in ("max", "mean_max")
+
+
+def is_pair(pool: str) -> bool:
+    """Whether there are two descriptors, stacked."""
+    return pool in ("mean_max", "mean_var")
 
 
 def spread(v: Tensor, x: Tensor) -> Tensor:
@@ -42,6 +49,8 @@ def pooled(x: Tensor, pool: str, ties: str) -> tuple[Tensor, Tensor | None]:
         largest = largest.to(acc)
     if pool == "mean":
         return flat.mean(-1, dtype=acc), None
+    if pool == "mean_var":
+        return torch.stack([flat.mean(-1, dtype=acc), flat.to(acc).var(-1, correction=0)]), None
     if pool == "mean_abs":
         return flat.abs().mean(-1, dtype=acc), None
     return (largest, index) if pool == "max" else (torch.stack([flat.mean(-1, dtype=acc), largest]), index)
@@ -51,10 +60,12 @@ def pool_gradient(x: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, poo
     """d pool / dx · dpooled, broadcast against x, in dpooled's dtype. `values`: what was pooled, for the maximum's
     place."""
     size = x[0, 0].numel() if x.numel() else 1
-    dmean, dmax = (dpooled[0], dpooled[1]) if pool == "mean_max" else (dpooled, dpooled)
+    dmean, dmax = (dpooled[0], dpooled[1]) if is_pair(pool) else (dpooled, dpooled)
     out = None
-    if pool in ("mean", "mean_max"):
+    if pool in ("mean", "mean_max", "mean_var"):
         out = spread(dmean / size, x)
+    if pool == "mean_var":
+        return out + (x.to(dpooled.dtype) - spread(values[0], x)) * spread(2 * dmax / size, x)  # type: ignore[operator]
     if pool == "mean_abs":
         out = torch.sign(x).to(dpooled.dtype) * spread(dmean / size, x)
     if has_max(pool):
@@ -131,6 +142,10 @@ def _budget(x: Tensor, *rest: object) -> tuple[int, int]:
         case(x=(2, 4, 1, 1), pool="mean_max"),
         case(x=(0, 4, 5, 5), pool="mean_max"),
         case(x=(1, 2, 127, 9), pool="mean_abs"),
+        case("bench", x=(8, 512, 28, 28), pool="mean_var"),
+        case(x=(2, 33, 14, 14), pool="mean_var"),
+        case(x=(1, 5, 3, 4, 5), pool="mean_var"),
+        case(x=(2, 4, 1, 1), pool="mean_var"),
     ],
 )
 def channel_pool(
@@ -139,13 +154,14 @@ def channel_pool(
     """Pools every channel of a feature map over its spatial dimensions, in one read of x.
 
     x: (N, C, *S) feature map, one or more spatial dimensions
-    pool: "mean" | "max" | "mean_max" | "mean_abs"; "mean_max" gives both, which unpack: `mean, largest =
-        channel_pool(x, "mean_max")`
+    pool: "mean" | "max" | "mean_max" | "mean_abs" | "mean_var"; "mean_max" and "mean_var" give two, which unpack:
+        `mean, largest = channel_pool(x, "mean_max")`. The variance is that of S values, not S − 1
     ties: where several positions hold the maximum, its gradient is divided evenly ("split": `torch.amax`, timm) or
         goes to the first ("first": `torch.max(dim)`, adaptive max pooling, the authors of CBAM, pytorchcv)
     return_index: also return the position (N, C), int64, of the first maximum in the flattened spatial dimensions
 
-    Returns the descriptor: (N, C), or (2, N, C) for "mean_max"; float32 for half-precision x, else x's dtype.
+    Returns the descriptor: (N, C), or (2, N, C) for "mean_max" and "mean_var"; float32 for half-precision x, else x's
+        dtype.
     Raises ValueError or TypeError, naming the argument, for a wrong rank, dtype, option or an empty spatial dimension.
     """
     value, _ = pooled(x, pool, "split")
@@ -157,8 +173,8 @@ def channel_pool(
 
 def _check_bwd(x: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, pool: str, ties: str) -> None:
     _check(x, pool, ties, False)
-    shape = (2, *x.shape[:2]) if pool == "mean_max" else x.shape[:2]
-    checks.shaped("dpooled", dpooled, shape, "(2, N, C)" if pool == "mean_max" else "(N, C)")
+    shape = (2, *x.shape[:2]) if is_pair(pool) else x.shape[:2]
+    checks.shaped("dpooled", dpooled, shape, "(2, N, C)" if is_pair(pool) else "(N, C)")
     if has_max(pool) and ties == "first":
         checks.index("index", index, x.shape[:2], "(N, C)")
 

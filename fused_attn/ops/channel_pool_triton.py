@@ -1,6 +1,7 @@
 """Triton kernels of channel pooling.
 
     forward   Σ_s x or Σ_s |x|, max_s x, and the first place of the maximum    reads x once
+              mean and variance: plane_gate_shuffle_triton.moments
     backward  dx = dp/S, sign(x)·dp/S, dp at the maxima                        `pool_scale_apply` without its gate
 
 A maximum is NaN where there is one, and its place the first NaN, as in torch.max.
@@ -15,6 +16,7 @@ from torch import Tensor
 from .. import tile
 from ..layout import accumulator
 from .channel_pool import has_max
+from .plane_gate_shuffle_triton import launch_moments
 from .pool_scale_triton import launch_apply
 from .scale_triton import backward_sums
 
@@ -109,6 +111,10 @@ def pool_into(
 
 def channel_pool(x: Tensor, pool: str, ties: str, return_index: bool) -> tuple[Tensor, Tensor]:
     acc, shape = accumulator(x.dtype), tuple(x.shape[:2])
+    if pool == "mean_var":
+        value = torch.empty((2, *shape), dtype=acc, device=x.device)
+        launch_moments(x, value[0], value[1])
+        return value, torch.empty(0, dtype=torch.int64, device=x.device)
     value = torch.empty((2, *shape) if pool == "mean_max" else shape, dtype=acc, device=x.device)
     mean, largest = (value[0], value[1]) if pool == "mean_max" else (None, value) if pool == "max" else (value, None)
     indexed = has_max(pool) and (ties == "first" or return_index)
@@ -118,7 +124,7 @@ def channel_pool(x: Tensor, pool: str, ties: str, return_index: bool) -> tuple[T
 
 
 def channel_pool_bwd(x: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, pool: str, ties: str) -> Tensor:
-    maxima, count = values[1] if pool == "mean_max" else values, None
+    maxima, count = values[1] if pool == "mean_max" else values[0] if pool == "mean_var" else values, None
     if has_max(pool) and ties == "split":
         _, count = backward_sums(x, None, None, None, maxima, accumulator(x.dtype), "identity", 0.0)
     return launch_apply(x, None, None, dpooled, maxima, index, count, "identity", 0.0, pool, ties)

@@ -3,8 +3,9 @@
     p = mean_s x,   t[n, g, s] = Σ_{c in g} x[n, c, s]·p[n, c],   z = (t − mean_s t)/(std_s t + ε)
     y = act(x·sigmoid(weight[g]·z + bias[g]) + residual)
 
-Spatial group-wise enhance (Li et al., arXiv:1905.09646, eq. 1–4); the standard deviation is the unbiased one (S − 1), as
-in the authors' code, so a map of one position gives NaN. Backward, e = dy·act', a the gate, d = t − mean t, σ = std t:
+Spatial group-wise enhance (Li et al., arXiv:1905.09646, eq. 1–4); the standard deviation is the unbiased one (S − 1),
+as in the authors' code, so a map of one position gives NaN. Backward, e = dy·act', a the gate, d = t − mean t, σ =
+std t:
 
     h = a·(1 − a)·Σ_{c in g} e·x,   r = weight·h/(σ + ε)
     dt = r − mean r − d·Σ(r·d)/((σ + ε)·σ·(S − 1)),   dx = e·a + dt·p + Σ_s(dt·x)/S

@@ -8,18 +8,19 @@ Channels come in groups of 2K: the first K of each group take one gate per plane
     y[n, 2j] = act(v[n, j] + residual[n, 2j]),   y[n, 2j + 1] = act(v[n, C/2 + j] + residual[n, 2j + 1])
 
 Shuffle attention (Zhang & Yang, arXiv:2102.00240, eq. 2–5). A plane depends on no other: forward reads x twice, the
-second time from a cache, and writes once. Backward, e = dy·act', s the gate, q = e·x·s·(1 − s), a = sweight·norm_weight:
+second time from a cache, and writes once. Backward, e = dy·act', s the gate, q = e·x·s·(1 − s), a =
+sweight·norm_weight:
 
     first half    dx = e·s + cweight·Σq/S                dcweight = Σ q·μ, dcbias = Σ q
     second half   dx = e·s + a·(q − mean q − x̂·mean(q·x̂))/√(σ² + ε)
 
-3.5R+1W: the last pass needs no x in the first half.
+3.5R+1W: the last pass needs no x in the first half (4R+1W in channels_last).
 """
 
 import torch
 from torch import Tensor
 
-from ..layout import accumulator, like, match
+from ..layout import accumulator, layout, like, match
 from ..registry import case, op
 from . import activations, checks
 from .pool_scale import keeps_e
@@ -52,7 +53,7 @@ def _cast(acc: torch.dtype, weights: tuple[Tensor | None, ...]) -> list[Tensor]:
     default = (None, None, None, None, 1.0, 0.0)
     k, first = weights[0].numel(), weights[0]  # type: ignore[union-attr]
     return [
-        torch.full((k,), d, dtype=acc, device=first.device) if w is None else w.reshape(-1).to(acc)  # type: ignore
+        torch.full((k,), d, dtype=acc, device=first.device) if w is None else w.reshape(-1).to(acc)  # type: ignore[union-attr,arg-type]
         for w, d in zip(weights, default, strict=True)
     ]
 
@@ -83,7 +84,7 @@ def _check(
         if w is not None or not name.startswith("norm"):
             checks.tensor(name, w)
             if w.numel() != k:  # type: ignore[union-attr]
-                raise ValueError(f"{name} must have as many elements as cweight, {k}; got {w.numel()}")  # type: ignore
+                raise ValueError(f"{name} must have as many elements as cweight, {k}; got {w.numel()}")  # type: ignore[union-attr]
     checks.same_device("x", x, cweight=cweight, **named)
     checks.like("residual", residual, "x", x)
     checks.one_of("act", act, activations.EPILOGUES)
@@ -96,7 +97,7 @@ def _formula(
     norm_bias: Tensor | None, residual: Tensor | None, eps: float, act: str, slope: float,
 ) -> Tensor:  # fmt: skip
     wide = x.to(accumulator(x.dtype))
-    var, mean = torch.var_mean(wide.flatten(2), -1, correction=0)
+    mean, var = wide.flatten(2).mean(-1), wide.flatten(2).var(-1, correction=0)
     weights = (cweight, cbias, sweight, sbias, norm_weight, norm_bias)
     gate, _ = gates(wide, mean, (var + eps).rsqrt(), weights)
     v = shuffled(wide * gate)
@@ -105,7 +106,7 @@ def _formula(
 
 
 def _save(args: tuple, outs: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor | None, ...], tuple]:
-    x, *weights, residual, eps, act, slope = args
+    x, *weights, residual, _, act, slope = args
     need = activations.needs_aux(act, residual is not None)
     aux = {"output": outs[0], "residual": residual, None: None}[need]
     return (x, aux, outs[1], *weights), (act, slope, residual is not None)
@@ -181,7 +182,7 @@ def plane_gate_shuffle(
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, devices or options.
     """
     wide = x.to(accumulator(x.dtype))
-    var, mean = torch.var_mean(wide.flatten(2), -1, correction=0)
+    mean, var = wide.flatten(2).mean(-1), wide.flatten(2).var(-1, correction=0)
     rstd = (var + eps).rsqrt()
     gate, _ = gates(wide, mean, rstd, (cweight, cbias, sweight, sbias, norm_weight, norm_bias))
     v = shuffled(wide * gate)
@@ -211,13 +212,18 @@ def behind(dy: Tensor, v: Tensor, aux: Tensor | None, act: str, slope: float) ->
     return torch.where(d == 0, 0, dy * d)  # a cut gradient is 0, whatever was cut
 
 
+def _bwd_budget(x: Tensor, dy: Tensor, aux: Tensor | None, *args: object) -> tuple[int, int]:
+    act, _, residual = args[-3:]
+    again = act != "identity" and not residual
+    # Where channels lie side by side, those of the first half share cache lines with those of the second.
+    half = 1 if again or layout(x) is None or layout(x).kind == "pixels" else 0.5  # type: ignore[union-attr]
+    return 3 + (aux is not None) + half, 1 + keeps_e(act, residual)  # type: ignore[return-value,arg-type]
+
+
 @op(
     check=_check_bwd,
     maps=("x", "dy", "aux"),
-    budget=lambda x, dy, aux, *args: (
-        3.5 + (aux is not None) + (args[-3] != "identity" and not args[-1]) / 2,  # type: ignore[arg-type,return-value]
-        1 + keeps_e(args[-3], args[-1]),
-    ),
+    budget=_bwd_budget,
 )
 def plane_gate_shuffle_bwd(
     x: Tensor, dy: Tensor, aux: Tensor | None, stats: Tensor, cweight: Tensor, cbias: Tensor, sweight: Tensor,

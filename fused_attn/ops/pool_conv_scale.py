@@ -184,7 +184,7 @@ def pool_conv_scale(
 
 def _check_bwd(x: Tensor, dy: Tensor, aux: Tensor | None, saved: Tensor, *args: object) -> None:
     checks.like("dy", dy, "x", x)
-    _check(x, *args[:4], aux, *args[4:-1])  # type: ignore[arg-type]
+    _check(x, *args[:4], aux, *args[4:-1])  # type: ignore[arg-type,call-arg]
 
 
 def gradients(
@@ -246,7 +246,7 @@ def pool_conv_scale_bwd(
     dx = pool_scale_apply.eager(
         x, e if written else dy, g, dp, none, index, none, through, epilogue_slope, "mean", "split"
     )
-    return dx, e, *dweights  # type: ignore[return-value]
+    return dx, e, *dweights
 
 
 __all__ = ["pool_conv_scale", "pool_conv_scale_bwd"]

@@ -25,7 +25,7 @@ from ..layout import accumulator, like, match
 from ..registry import op
 from . import activations, checks
 from . import excite as excite_
-from .channel_pool import POOLS, TIES, channel_pool, has_max, pool_gradient, spread
+from .channel_pool import POOLS, TIES, channel_pool, has_max, is_pair, pool_gradient, spread
 from .scale import check_epilogue, epilogue_gradient, scale
 
 
@@ -38,6 +38,13 @@ def keeps_e(act: str, residual: bool) -> bool:
 def largest(values: Tensor, pool: str) -> Tensor:
     """The maxima (N, C) among what was pooled."""
     return values[1] if pool == "mean_max" else values
+
+
+def needed(values: Tensor, pool: str, ties: str) -> Tensor:
+    """What of the pooled values the apply half needs: maxima that are split, the mean for the variance, or nothing."""
+    if pool == "mean_var":
+        return values[0]
+    return largest(values, pool) if has_max(pool) and ties == "split" else values.new_empty(0)
 
 
 def _check_reduce(
@@ -84,15 +91,17 @@ def _check_apply(
     checks.feature_map("x", x)
     checks.like("e", e, "x", x)
     check_epilogue(x, gate, None, act)
-    many = pool == "mean_max"
+    many = is_pair(pool)
+    if pool == "mean_var":
+        checks.shaped("values", values, x.shape[:2], "(N, C)")
     if has_max(pool) and ties == "first":
         checks.index("index", index, x.shape[:2], "(N, C)")
     checks.shaped("dpooled", dpooled, (2, *x.shape[:2]) if many else x.shape[:2], "(2, N, C)" if many else "(N, C)")
 
 
 def reads_x(act: str, pool: str, ties: str) -> bool:
-    """Whether the apply half needs x: for the activation's place, the maximum's, or the sign."""
-    return act != "identity" or pool == "mean_abs" or (has_max(pool) and ties == "split")
+    """Whether the apply half needs x: for the activation's place, the maximum's, the sign, or x − mean."""
+    return act != "identity" or pool in ("mean_abs", "mean_var") or (has_max(pool) and ties == "split")
 
 
 @op(
@@ -109,11 +118,12 @@ def pool_scale_apply(
 ) -> Tensor:  # fmt: skip
     """Second half of the backward: dx = e·gate + pool'(x)·dpooled, with e = dy·act'(x·gate) where act isn't "identity".
 
-    values, count: (N, C) the maxima and how often each occurs, for ties="split"; index: (N, C) their place, for
-        ties="first"
+    values, count: (N, C) the maxima and how often each occurs, for ties="split", or the means for "mean_var"; index:
+        (N, C) their place, for ties="first"
     """
     e = epilogue_gradient(e, x, gate, None, act, slope)
-    stacked = torch.stack([values, values]) if pool == "mean_max" and ties == "split" else values
+    two = pool == "mean_var" or (pool == "mean_max" and ties == "split")
+    stacked = torch.stack([values, values]) if two else values
     back = pool_gradient(x, dpooled.to(e.dtype), stacked, index, pool, ties)
     return like(x, (e * spread(gate.to(e.dtype), x) + back).to(x.dtype))
 
@@ -132,9 +142,9 @@ def pool_scale(
 
     x: (N, C, *S) feature map
     excite: a differentiable function (descriptor, *params) -> gate (N, C); the descriptor is (N, C), or (2, N, C) for
-        "mean_max", float32 for half-precision x. It runs again in backward, so it must be pure: no dropout, nothing
-        kept; statistics that the caller keeps are returned beside the gate, as a tuple (gate, *statistics). Tensors
-        that need a gradient must come through `params`, not through a closure.
+        "mean_max" and "mean_var", float32 for half-precision x. It runs again in backward, so it must be pure: no
+        dropout, nothing kept; statistics that the caller keeps are returned beside the gate, as a tuple (gate,
+        *statistics). Tensors that need a gradient must come through `params`, not through a closure.
     params: tensors handed to excite, which receive gradients
     pool, ties: as in `channel_pool`
     residual, act, slope: as in `scale`
@@ -201,8 +211,7 @@ class _Spanning(torch.autograd.Function):
         x, gate, p, index, aux, *params = ctx.saved_tensors
         excite, pool, ties, act, slope, residual = ctx.consts
         dy = match(dy, x)
-        split = has_max(pool) and ties == "split"
-        values = largest(p, pool) if split else p.new_empty(0)
+        values = needed(p, pool, ties)
         dgate, e, count = pool_scale_reduce(x, dy, gate, aux, values, act, slope, pool, ties, residual)
         (dp,), dparams = excite_.gradient(excite, (p,), params, dgate.to(gate.dtype), ctx.needs_input_grad[7:])
         written = keeps_e(act, residual)

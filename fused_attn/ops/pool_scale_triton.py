@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .. import tile
 from ..layout import accumulator
-from .channel_pool import has_max
+from .channel_pool import has_max, is_pair
 from .pool_scale import keeps_e, reads_x
 from .scale_triton import backward_sums, epilogue_gradient
 
 
 @triton.jit
 def _pool_scale_apply_kernel(
-    x_ptr, e_ptr, gate_ptr, dmean_ptr, dmax_ptr, maxima_ptr, count_ptr, index_ptr, dx_ptr, A, B,
+    x_ptr, e_ptr, gate_ptr, dmean_ptr, dvar_ptr, dmax_ptr, maxima_ptr, count_ptr, index_ptr, dx_ptr, A, B,
     x_sn, x_sr, e_sn, e_sr, dx_sn, dx_sr, ABS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
@@ -39,6 +39,10 @@ def _pool_scale_apply_kernel(
         if ABS:
             dmean *= (x > 0).to(ACC) - (x < 0).to(ACC)
         dx += dmean
+    if dvar_ptr is not None:
+        mean = tile.pick(tile.channel(maxima_ptr, n, a, col, A, B, ACC, PLANES), col, head, B, PLANES, V)
+        dvar = tile.pick(tile.channel(dvar_ptr, n, a, col, A, B, ACC, PLANES), col, head, B, PLANES, V)
+        dx += (x - mean) * (2 * dvar / (B if PLANES else A))
     if dmax_ptr is not None:
         dmax = tile.pick(tile.channel(dmax_ptr, n, a, col, A, B, ACC, PLANES), col, head, B, PLANES, V)
         if index_ptr is not None:
@@ -62,15 +66,16 @@ def launch_apply(
     """dx; without e, the pooling's part alone."""
     dx = torch.empty_like(x)
     dpooled = dpooled.contiguous()
-    dmean, dmax = (dpooled[0], dpooled[1]) if pool == "mean_max" else (dpooled, dpooled)
+    dmean, dmax = (dpooled[0], dpooled[1]) if is_pair(pool) else (dpooled, dpooled)
     split, first = has_max(pool) and ties == "split", has_max(pool) and ties == "first"
     read = x if reads_x(act, pool, ties) else None
     w = tile.walk(dx, read, e)
     strides = [*w.strides[1], *w.strides[2], *w.strides[0]]
     tile.launch(
         _pool_scale_apply_kernel, w.grid, x, read, e, gate if gate is None else gate.contiguous(),
-        None if pool == "max" else dmean, dmax if has_max(pool) else None,
-        maxima.contiguous() if split else None, count if split else None, index.contiguous() if first else None,
+        None if pool == "max" else dmean, dmax if pool == "mean_var" else None, dmax if has_max(pool) else None,
+        maxima.contiguous() if split or pool == "mean_var" else None, count if split else None,
+        index.contiguous() if first else None,
         dx, w.a, w.b, *strides, ABS=pool == "mean_abs", ACT=act, SLOPE=slope, **w.meta,
     )  # fmt: skip
     return dx

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SE = dict(w1=(3, 8), b1=(3,), w2=(8, 3), b2=(8,))
 NORM = dict(norm_weight=(3,), norm_bias=(3,))
+SA = dict.fromkeys(("cweight", "cbias", "sweight", "sbias", "norm_weight", "norm_bias"), (2,))
 
 # (op, dtype, layout, arguments)
 RUNS = [
@@ -37,6 +38,29 @@ RUNS = [
     ("channel_pool", F32, "sliced_channels_last", dict(x=(2, 5, 3, 3), pool="mean_abs")),
     ("channel_pool", F32, "contiguous", dict(x=(1, 1, 4099), pool="mean_max", ties="first", return_index=True)),
     ("channel_pool", F32, "channels_last", dict(x=(1, 3, 1400), pool="mean_max")),
+    ("channel_pool", F32, "contiguous", dict(x=(2, 9, 7, 7), pool="mean_var")),
+    ("channel_pool", BF16, "sliced_channels_last", dict(x=(2, 33, 3, 5), pool="mean_var")),
+    ("channel_pool", F64, "contiguous", dict(x=(1, 2, 1400), pool="mean_var")),
+    ("plane_gate_shuffle", F32, "contiguous", dict(x=(2, 12, 7, 7), **SA)),
+    ("plane_gate_shuffle", F64, "channels_last", dict(x=(2, 8, 3, 5), **SA, residual=(2, 8, 3, 5), act="relu")),
+    ("plane_gate_shuffle", BF16, "sliced", dict(x=(1, 4, 1100), **SA, residual=(1, 4, 1100))),
+    ("plane_gate_shuffle", F32, "sliced_channels_last", dict(x=(2, 4, 5, 3), **SA, act="silu")),
+    ("plane_gate_shuffle", F16, "contiguous", dict(x=(2, 8, 3, 3), **{k: v for k, v in SA.items() if "norm" not in k},
+                                                   residual=(2, 8, 3, 3), act="gelu")),
+    ("group_similarity_scale", F32, "contiguous", dict(x=(2, 12, 7, 7), weight=(4,), bias=(4,))),
+    ("group_similarity_scale", F64, "channels_last", dict(x=(2, 10, 3, 5), weight=(2,), bias=(2,),
+                                                          residual=(2, 10, 3, 5), act="relu")),
+    ("group_similarity_scale", BF16, "sliced", dict(x=(1, 4, 2100), weight=(4,), bias=(4,), residual=(1, 4, 2100))),
+    ("group_similarity_scale", F32, "sliced_channels_last", dict(x=(2, 6, 5, 3), weight=(1,), bias=(1,), act="silu")),
+    ("group_similarity_scale", F16, "contiguous", dict(x=(2, 8, 3, 3), weight=(2,), bias=(2,),
+                                                       residual=(2, 8, 3, 3), act="gelu")),
+    ("pool_conv_scale", F32, "contiguous", dict(x=(2, 9, 3, 3), weight=(1, 1, 5))),
+    ("pool_conv_scale", F64, "channels_last", dict(x=(2, 5, 3, 3), weight=(1, 1, 5), bias=(1,), circular=True,
+                                                   residual=(2, 5, 3, 3), epilogue="relu")),
+    ("pool_conv_scale", BF16, "contiguous", dict(x=(1, 140, 3), weight=(1, 3, 3), bias=(1,), w1=(3, 1, 1), b1=(3,),
+                                                 act="silu", gate="hard_sigmoid")),
+    ("pool_conv_scale", F64, "contiguous", dict(x=(2, 6, 5), weight=(1, 2, 3), w1=(2,), gate="identity",
+                                                circular=True, epilogue="silu")),
     ("scale", BF16, "contiguous", dict(x=(2, 8, 7, 7), residual=(2, 8, 7, 7), act="relu")),
     ("scale", F32, "sliced", dict(x=(2, 4, 7, 7), residual=(2, 4, 7, 7), act="silu")),
     ("scale", F64, "contiguous", dict(x=(2, 3, 11), act="gelu")),
@@ -78,7 +102,9 @@ RUNS = [
 
 def named(run):
     name, dtype, layout, args = run
-    return f"{name}-{str(dtype)[6:]}-{layout}-{case(**{k: v for k, v in args.items() if k not in {**SE, **NORM}})}"
+    return (
+        f"{name}-{str(dtype)[6:]}-{layout}-{case(**{k: v for k, v in args.items() if k not in {**SE, **NORM, **SA}})}"
+    )
 
 
 def drawn(name, dtype, layout, args, **how):

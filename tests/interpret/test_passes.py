@@ -63,7 +63,8 @@ def run(name, described, kind):
 
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize(
-    ("pool", "ties"), [("mean", "split"), ("mean_abs", "split"), ("max", "first"), ("mean_max", "split")]
+    ("pool", "ties"),
+    [("mean", "split"), ("mean_abs", "split"), ("mean_var", "split"), ("max", "first"), ("mean_max", "split")],
 )
 def test_channel_pool(launches, pool, ties, kind):
     run("channel_pool", case(x=SHAPES[kind], pool=pool, ties=ties), kind)
@@ -101,7 +102,32 @@ def test_pool_mlp_scale(launches, how, kind):
     within_budget(launches, "pool_mlp_scale", "pool_mlp_scale_bwd")
 
 
-@pytest.mark.parametrize("pool", ["mean", "mean_max"])
+@pytest.mark.parametrize("kind", ["planes", "pixels"])
+@pytest.mark.parametrize(
+    "how", [{}, dict(residual=True, act="relu"), dict(residual=True, act="silu"), dict(act="relu")], ids=str
+)
+def test_whole_planes(launches, how, kind):
+    """Shuffle attention; spatial group-wise enhance, its maps small beside its groups; efficient channel attention."""
+    shape, how = (1, 16, 17, 15), dict(how)
+    if how.pop("residual", False):
+        how["residual"] = shape
+    four = dict.fromkeys(("cweight", "cbias", "sweight", "sbias"), (4,))
+    run("plane_gate_shuffle", case(x=shape, **four, **how), kind)
+    within_budget(launches, "plane_gate_shuffle", "plane_gate_shuffle_bwd")
+    launches.clear()
+    shape = (1, 64, 9, 7)
+    if "residual" in how:
+        how["residual"] = shape
+    run("group_similarity_scale", case(x=shape, weight=(1,), bias=(1,), **how), kind)
+    within_budget(launches, "group_similarity_scale", "group_similarity_scale_bwd")
+    launches.clear()
+    if "act" in how:
+        how["epilogue"] = how.pop("act")
+    run("pool_conv_scale", case(x=shape, weight=(1, 1, 3), **how), kind)
+    within_budget(launches, "pool_conv_scale", "pool_conv_scale_bwd")
+
+
+@pytest.mark.parametrize("pool", ["mean", "mean_max", "mean_var"])
 def test_pool_scale_halves(launches, pool):
     x, residual = (torch.randn(SHAPES["planes"], requires_grad=True) for _ in range(2))
     excite = lambda p: torch.sigmoid(p if p.dim() == 2 else p.sum(0))
