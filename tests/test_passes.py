@@ -138,6 +138,7 @@ def test_branches_end_to_end(answers, what, layout):
     assert answer["inference"] == answer["forward"]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("what", PLANEWISE)
 def test_totals_of_whole_planes(answers, what, layout):
     """The same for what takes planes and groups of them whole."""
