@@ -18,16 +18,18 @@ COMMITTED = json.loads(coverage.RESULT.read_text())
 # Small models, so that every class of the table is in one of them at least; a test says so.
 SAMPLE = {
     "timm": [
-        "seresnet50", "legacy_seresnet18", "legacy_seresnext26_32x4d", "legacy_senet154", "tresnet_m", "efficientnet_b0",
-        "mobilenetv3_small_050", "ese_vovnet19b_dw", "ese_vovnet57b", "rexnet_100", "hgnet_tiny", "ghostnet_050",
+        "seresnet50", "legacy_seresnet18", "legacy_seresnext26_32x4d", "legacy_senet154", "tresnet_m",
+        "efficientnet_b0", "mobilenetv3_small_050", "ese_vovnet19b_dw", "ese_vovnet57b", "rexnet_100", "hgnet_tiny",
+        "ghostnet_050",
         "regnety_002", "fastvit_t8", "fastvit_mci0", "mobileone_s4", "gcvit_xxtiny", "coatnet_pico_rw_224",
         "seresnet18", "resnet51q", "ecaresnet26t", "skresnet18", "resnest14d", "gcresnext26ts", "seresnext26ts",
         "bat_resnext26ts", "nf_seresnet26",
     ],
     "torchvision": ["mobilenet_v3_small", "efficientnet_b0", "quantized_mobilenet_v3_large"],
     "pytorchcv": [
-        "seresnet10", "sepreresnet10", "seresnext50_32x4d", "senet16", "mobilenetv3_small_w7d20", "ghostnet", "cgnet_cityscapes",
-        "sinet_cityscapes", "fastseresnet101b", "cbam_resnet18", "bam_resnet18", "sknet50", "dicenet_wd5", "fishnet99",
+        "seresnet10", "sepreresnet10", "seresnext50_32x4d", "senet16", "mobilenetv3_small_w7d20", "ghostnet",
+        "cgnet_cityscapes", "sinet_cityscapes", "fastseresnet101b", "cbam_resnet18", "bam_resnet18", "sknet50", "dicenet_wd5",
+        "fishnet99",
         "diaresnet10", "resattnet56",
     ],
 }  # fmt: skip
