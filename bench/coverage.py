@@ -281,6 +281,7 @@ def parser(add: Any) -> argparse.ArgumentParser:
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs `python -m bench coverage`. 1: less is fused than the goal; 2: a library isn't installed."""
     libraries = options.library or list(LIBRARIES)
+    importable("torchvision")  # which the others import
     missing = [name for name in libraries if not importable(name)]
     if missing:
         log(f"not installed: {', '.join(missing)}")

@@ -144,7 +144,6 @@ SLOW = {
     "pytorchcv efficientnet_b0": Zoo(of_pytorchcv("efficientnet_b0"), 16),
     "pytorchcv cgnet_cityscapes": Zoo(of_pytorchcv("cgnet_cityscapes", in_size=(64, 64)), 24, 24),
     "pytorchcv sinet_cityscapes": Zoo(of_pytorchcv("sinet_cityscapes", in_size=(64, 64)), 3),
-    "pytorchcv fastseresnet101b": Zoo(of_pytorchcv("fastseresnet101b"), 4, 4),
     "MONAI EfficientNetBN": Zoo(
         of_monai("EfficientNetBN", model_name="efficientnet-b0", pretrained=False, spatial_dims=2, num_classes=16), 16
     ),
