@@ -65,7 +65,8 @@ def test_every_launch_keeps_its_budget(answers):
                 wrong.append(f"{name} in {request}: {reads:.2f} R {writes:.2f} W, budget {budget[0]} R {budget[1]} W")
     assert not wrong, "\n".join(wrong)
     mapped = {op.name for op in OPS.values() if op.maps}
-    assert seen >= mapped - {"pool_scale_reduce", "pool_scale_apply"}, "an op was never launched"
+    composed = {name for name in mapped if name.startswith(("pool_scale_", "dual_scale_", "merge_scale_"))}
+    assert seen >= mapped - composed - {"project"}, "an op was never launched"
 
 
 def test_every_launch_is_counted(answers):

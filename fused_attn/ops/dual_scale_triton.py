@@ -16,9 +16,7 @@ def dual_scale_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     e = torch.empty_like(x) if keeps_e(act, residual) else None
     top = planes[:, -1] if has_max(pool) and ties == "split" else None
-    _, dpixel, shared = sums(
-        x, dy, aux, gate, pixel, top, act, slope, "product", e, None, None, accumulator(x.dtype)
-    )
+    _, dpixel, shared = sums(x, dy, aux, gate, pixel, top, act, slope, "product", e, None, None, accumulator(x.dtype))
     return dpixel, x.new_empty(0) if e is None else e, shared
 
 

@@ -122,7 +122,7 @@ def gradient(e_ptr, aux_ptr, x, f, n, a, col, mask, e_sn, e_sr, aux_sn, aux_sr,
 
 @triton.jit
 def _pixel_scale_kernel(
-    x_ptr, gate_ptr, pixel_ptr, residual_ptr, y_ptr, A, B, x_sn, x_sr, residual_sn, residual_sr, y_sn, y_sr,
+    x_ptr, gate_ptr, pixel_ptr, residual_ptr, add_ptr, weight_ptr, plane_ptr, y_ptr, A, B, x_sn, x_sr, residual_sn, residual_sr, y_sn, y_sr,
     MERGE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
@@ -136,6 +136,10 @@ def _pixel_scale_kernel(
     v = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC) * merged(gate, pixel, MERGE)
     if residual_ptr is not None:
         v += tl.load(tile.at(residual_ptr, n, a, col, residual_sn, residual_sr, V), mask=mask, other=0).to(ACC)
+    if add_ptr is not None:
+        v += per_channel(add_ptr, n, a, col, A, B, ACC, PLANES)
+    if plane_ptr is not None:
+        v += per_channel(weight_ptr, 0, a, col, A, B, ACC, PLANES) * per_pixel(plane_ptr, n, a, col, A, B, ACC, PLANES)
     y = tile.activate(v, ACT, SLOPE, None)
     tl.store(tile.at(y_ptr, n, a, col, y_sn, y_sr, V), y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -161,7 +165,9 @@ def _pixel_sums_kernel(
         if pixel_ptr is not None:
             pixel = per_pixel(pixel_ptr, n, a, col, A, B, ACC, PLANES)
         f = merged(gate, pixel, MERGE)
-        x = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
+        x = tl.full((ROWS, COLS), 1, ACC)
+        if x_ptr is not None:
+            x = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
         e = gradient(dy_ptr, aux_ptr, x, f, n, a, col, mask, dy_sn, dy_sr, aux_sn, aux_sr, ACT, SLOPE, OUTPUT, ACC, V)
         if e_ptr is not None:
             tl.store(tile.at(e_ptr, n, a, col, e_sn, e_sr, V), e.to(e_ptr.dtype.element_ty), mask=mask)
@@ -286,15 +292,16 @@ def _merge(part: Tensor | None, out: Tensor | None) -> None:
 
 
 def scale(
-    x: Tensor, gate: Tensor | None, residual: Tensor | None, pixel: Tensor | None, act: str, slope: float, merge: str
-) -> Tensor:
+    x: Tensor, gate: Tensor | None, residual: Tensor | None, pixel: Tensor | None, act: str, slope: float, merge: str,
+    add: Tensor | None = None, weight: Tensor | None = None, plane: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = act(x·f + residual + add + weight·plane): add (N, C), weight (C,), plane (N, *S)."""
     y = torch.empty_like(x)
     w = walk(x, residual, y)
-    blocks = triton.cdiv(w.a, w.meta["ROWS"]) * triton.cdiv(
-        w.b + w.meta["V"] - 1 if w.planes else w.b, w.meta["COLS"]
-    )
+    blocks = triton.cdiv(w.a, w.meta["ROWS"]) * triton.cdiv(w.b + w.meta["V"] - 1 if w.planes else w.b, w.meta["COLS"])
     tile.launch(
-        _pixel_scale_kernel, (w.n * blocks,), x, x, _dense(gate), _dense(pixel), residual, y, w.a, w.b, *w.strides,
+        _pixel_scale_kernel, (w.n * blocks,), x, x, _dense(gate), _dense(pixel), residual,
+        _dense(add), _dense(weight), _dense(plane), y, w.a, w.b, *w.strides,
         MERGE=merge, ACT=act, SLOPE=slope, **w.meta,
     )  # fmt: skip
     return y
@@ -303,9 +310,12 @@ def scale(
 def sums(
     x: Tensor, dy: Tensor, aux: Tensor | None, gate: Tensor | None, pixel: Tensor | None, top: Tensor | None,
     act: str, slope: float, merge: str, e: Tensor | None, dx: Tensor | None,
-    channel: torch.dtype | None, plane: torch.dtype | None,
+    channel: torch.dtype | None, plane: torch.dtype | None, ones: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Fills e and dx; dgate and dpixel in the dtypes given, empty for None; how many channels are top, or empty."""
+    """Fills e and dx; dgate and dpixel in the dtypes given, empty for None; how many channels are top, or empty.
+
+    ones: x is 1 everywhere, and not read
+    """
     w = walk(x, dy, aux, e, dx)
     none = x.new_empty(0)
     acc, shape = accumulator(x.dtype), (x.shape[0], *x.shape[2:])
@@ -313,7 +323,7 @@ def sums(
     dpixel, dpixel_part = (none, None) if plane is None else _part(x, shape, plane, w.blocks)
     shared, shared_part = (x.new_empty(0, dtype=acc), None) if top is None else _part(x, shape, acc, w.blocks)
     tile.launch(
-        _pixel_sums_kernel, (w.n * w.blocks, w.splits), x, x, dy, aux, _dense(gate), _dense(pixel), _dense(top),
+        _pixel_sums_kernel, (w.n * w.blocks, w.splits), x, None if ones else x, dy, aux, _dense(gate), _dense(pixel), _dense(top),
         dgate_part, dpixel_part, shared_part, e, dx, w.a, w.b, w.steps, w.blocks, w.n, *w.strides,
         MERGE=merge, ACT=act, SLOPE=slope, OUTPUT=aux is not None and act in FROM_OUTPUT, **w.meta,
     )  # fmt: skip

@@ -157,7 +157,9 @@ def _budget(x: Tensor, gate: Tensor | None, residual: Tensor | None, *rest: obje
         case(x=(2, 9, 6, 6), gate=(2, 9), pixel=(2, 6, 6), merge="sum"),
         case(x=(2, 9, 6, 6), gate=(2, 9), pixel=(2, 6, 6), residual=(2, 9, 6, 6), merge="sum", act="relu"),
         case(x=(2, 18, 5, 7), gate=(2, 18), pixel=(2, 5, 7), merge="sigmoid_product"),
-        case(x=(2, 18, 5, 7), gate=(2, 18), pixel=(2, 5, 7), residual=(2, 18, 5, 7), merge="sigmoid_product", act="relu6"),
+        case(
+            x=(2, 18, 5, 7), gate=(2, 18), pixel=(2, 5, 7), residual=(2, 18, 5, 7), merge="sigmoid_product", act="relu6"
+        ),
         case(x=(3, 19, 6, 4), gate=(3, 19), pixel=(3, 6, 4), merge="sigmoid_sum"),
         case(x=(2, 5, 4, 4), gate=(2, 5), merge="sigmoid_sum"),
         case(x=(0, 4, 5, 5), gate=(0, 4), pixel=(0, 5, 5)),

@@ -170,9 +170,7 @@ def scale_bwd(
     dresidual = torch.empty_like(x) if residual and act != "identity" else None
     if pixel is not None or gate is None or merge.startswith("sigmoid"):
         dtypes = gate if gate is None else gate.dtype, pixel if pixel is None else pixel.dtype
-        dgate, dpixel, _ = pixel_triton.sums(
-            x, dy, aux, gate, pixel, None, act, slope, merge, dresidual, dx, *dtypes
-        )
+        dgate, dpixel, _ = pixel_triton.sums(x, dy, aux, gate, pixel, None, act, slope, merge, dresidual, dx, *dtypes)
         return dx, dgate, none if dresidual is None else dresidual, dpixel
     dgate, _ = backward_sums(x, dy, gate, aux, None, gate.dtype, act, slope, dresidual, dx)
     return dx, dgate, none if dresidual is None else dresidual, none
