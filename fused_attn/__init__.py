@@ -5,7 +5,7 @@ from types import ModuleType
 
 from . import ops
 from .backend import use_backend
-from .blocks import EffectiveSE, SqueezeExcite
+from .blocks import BAM, CBAM, EffectiveSE, SpatialChannelSE, SqueezeExcite
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
 from .registry import BLOCKS, OPS
@@ -13,10 +13,13 @@ from .registry import BLOCKS, OPS
 __version__ = "0.1.0"
 
 __all__ = [
+    "BAM",
     "BLOCKS",
+    "CBAM",
     "OPS",
     "EffectiveSE",
     "Report",
+    "SpatialChannelSE",
     "SqueezeExcite",
     "__version__",
     "explain",

@@ -1,6 +1,7 @@
 """BAM and scSE against code that nobody here wrote, or the equations, in float64: outputs, gradients, statistics."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def zero(module, training):
     names = list(named)
     return [
         f"{name}.bias"
-        for name, after in zip(names, names[1:], strict=False)
+        for name, after in pairwise(names)
         if isinstance(named[name], nn.Linear | nn.Conv2d) and "Batch" in type(named[after]).__name__
     ]
 
@@ -57,7 +58,7 @@ def test_bam_of_pytorchcv(layers, training):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("options", [dict(), dict(merge="sum"), dict(num_layers=2, dilation=2)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(merge="sum"), dict(num_layers=2, dilation=2)], ids=str)
 def test_bam(options, training):
     """The fused forward against the children's."""
     ours = redraw(BAM(16, rd_channels=4, **options).double()).train(training)
@@ -75,7 +76,7 @@ def test_bam_twice_through_one_graph():
     assert torch.autograd.gradcheck(bam, x, fast_mode=True)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(reduction=4, act_layer="silu", gate_layer="identity")], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(reduction=4, act_layer="silu", gate_layer="identity")], ids=str)
 def test_scse(options):
     ours = redraw(SpatialChannelSE(32, **options).double())
     theirs = unplanned(ours)

@@ -30,7 +30,7 @@ def converted(module):
 
 
 TIMM = [
-    dict(),
+    {},
     dict(rd_channels=3, mlp_bias=True),
     dict(rd_channels=4, spatial_kernel_size=3, act_layer=nn.SiLU),
     # timm's own: the backward of torch's rounds 1/6 to float32
@@ -115,7 +115,8 @@ def test_what_changes_inside_is_refused(change):
     early, late = cbam.CbamModule(16), cbam.CbamModule(16)
     change(early)
     report = fuse_(early)
-    assert not report.fused and report.refused
+    assert not report.fused
+    assert report.refused
     fuse_(late)
     assert ready(late) is not None
     change(late)
@@ -139,7 +140,8 @@ def test_pool_types(pools, ties, spatial):
     ours = redraw(CBAM(12, rd_channels=4, mlp_bias=True, pool_types=pools, ties=ties, no_spatial=not spatial).double())
     theirs = copy.deepcopy(ours)
     theirs.channel["fc1"].register_forward_hook(lambda *a: None)
-    assert ready(ours) is not None and ready(theirs) is None
+    assert ready(ours) is not None
+    assert ready(theirs) is None
     assert_same_step(ours.train(), theirs.train(), draw(3, 12, 5, 6), within=1e-9)
 
 

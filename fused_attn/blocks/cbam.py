@@ -1,4 +1,4 @@
-"""CBAM: a gate per channel from the mean and the maximum of its pixels, then a gate per pixel from those of its channels.
+"""CBAM: a gate per channel from the mean and maximum of its pixels, then one per pixel from those of its channels.
 
     gate[n, c]  = g(MLP(mean_s x) + MLP(max_s x))                  MLP(p) = W2 act(W1 p + b1) + b2
     pixel[n, s] = g(norm(conv([mean_c x·gate, max_c x·gate])))     y = x·gate·pixel
@@ -69,8 +69,21 @@ class Parts:
 class CbamPlan(DeepPlan):
     """What a CBAM's fused forward relies on: layers two modules deep, so those between are compared as well."""
 
-    __slots__ = ("act", "conv", "conv_gate", "dims", "dilation", "first", "gate", "kinds", "norm", "padding",
-                 "parts", "second", "slope")  # fmt: skip
+    __slots__ = (
+        "act",
+        "conv",
+        "conv_gate",
+        "dilation",
+        "dims",
+        "first",
+        "gate",
+        "kinds",
+        "norm",
+        "padding",
+        "parts",
+        "second",
+        "slope",
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module, parts: Parts, kinds: tuple[str, ...] = ("avg", "max"),
                  fixed: tuple[str, ...] = ()) -> None:  # fmt: skip
@@ -174,7 +187,8 @@ class CbamPlan(DeepPlan):
 
     def _spatial(self) -> Callable[..., Any]:
         """The spatial gate's function of the planes and `_planar`."""
-        assert self.conv is not None and self.dims is not None
+        assert self.conv is not None
+        assert self.dims is not None
         state = (self.conv["weight"], self.conv["bias"], *(norms.state(self.norm) if self.norm else ()))
         there = [t is not None for t in state]
         light, flip, gate, convolve = self.parts.light, self.parts.flip, self.conv_gate, _CONV[self.dims - 1]

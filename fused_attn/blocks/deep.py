@@ -1,4 +1,4 @@
-"""A plan over children of children: what stands between a module and the layers that are skipped is compared as well."""
+"""A plan over children of children: what stands between a module and the layers it skips is compared as well."""
 
 from collections.abc import Iterable
 from typing import Any

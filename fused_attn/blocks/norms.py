@@ -1,4 +1,4 @@
-"""BatchNorm inside an excite: normalising without touching the module, and keeping its running statistics afterwards."""
+"""BatchNorm inside an excite: normalising without touching the module, and keeping running statistics afterwards."""
 
 from typing import Any
 

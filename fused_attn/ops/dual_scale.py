@@ -214,8 +214,8 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, recording: bool, excites: tuple[Callable[..., Any], ...], split: int,
-        channel: str, pool: str, ties: str, act: str, slope: float, *params: Tensor,
+        ctx: Any, x: Tensor, residual: Tensor | None, recording: bool, excites: tuple[Callable[..., Any], ...],
+        split: int, channel: str, pool: str, ties: str, act: str, slope: float, *params: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         nothing = x.new_empty(0, dtype=torch.int64)
         first = has_max(channel) and ties == "first" and recording

@@ -107,8 +107,10 @@ def merged(gate, pixel, MERGE: tl.constexpr):
 
 
 @triton.jit
-def gradient(e_ptr, aux_ptr, x, f, n, a, col, mask, e_sn, e_sr, aux_sn, aux_sr,
-             ACT: tl.constexpr, SLOPE: tl.constexpr, OUTPUT: tl.constexpr, ACC: tl.constexpr, V: tl.constexpr):  # fmt: skip
+def gradient(
+    e_ptr, aux_ptr, x, f, n, a, col, mask, e_sn, e_sr, aux_sn, aux_sr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, OUTPUT: tl.constexpr, ACC: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
     """e = dy·act'(v) on a tile."""
     e = tl.load(tile.at(e_ptr, n, a, col, e_sn, e_sr, V), mask=mask, other=0).to(ACC)
     if ACT == "identity":
@@ -122,7 +124,8 @@ def gradient(e_ptr, aux_ptr, x, f, n, a, col, mask, e_sn, e_sr, aux_sn, aux_sr,
 
 @triton.jit
 def _pixel_scale_kernel(
-    x_ptr, gate_ptr, pixel_ptr, residual_ptr, add_ptr, weight_ptr, plane_ptr, y_ptr, A, B, x_sn, x_sr, residual_sn, residual_sr, y_sn, y_sr,
+    x_ptr, gate_ptr, pixel_ptr, residual_ptr, add_ptr, weight_ptr, plane_ptr, y_ptr, A, B,
+    x_sn, x_sr, residual_sn, residual_sr, y_sn, y_sr,
     MERGE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
@@ -323,7 +326,8 @@ def sums(
     dpixel, dpixel_part = (none, None) if plane is None else _part(x, shape, plane, w.blocks)
     shared, shared_part = (x.new_empty(0, dtype=acc), None) if top is None else _part(x, shape, acc, w.blocks)
     tile.launch(
-        _pixel_sums_kernel, (w.n * w.blocks, w.splits), x, None if ones else x, dy, aux, _dense(gate), _dense(pixel), _dense(top),
+        _pixel_sums_kernel, (w.n * w.blocks, w.splits), x, None if ones else x, dy, aux,
+        _dense(gate), _dense(pixel), _dense(top),
         dgate_part, dpixel_part, shared_part, e, dx, w.a, w.b, w.steps, w.blocks, w.n, *w.strides,
         MERGE=merge, ACT=act, SLOPE=slope, OUTPUT=aux is not None and act in FROM_OUTPUT, **w.meta,
     )  # fmt: skip

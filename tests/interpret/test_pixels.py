@@ -46,8 +46,6 @@ def test_merges(which, layout):
     with use_backend("eager"):
         want = testing.answer(run, args)
     with use_backend("triton"):
-        got = testing.answer(
-            run, tuple(a.float() for a in args), cotangents=[c.float() for c in want.cotangents]
-        )
+        got = testing.answer(run, tuple(a.float() for a in args), cotangents=[c.float() for c in want.cotangents])
     for mine, theirs in zip(got.outs + got.grads, want.outs + want.grads, strict=True):
         assert testing.error(mine, theirs) < 1e-5
