@@ -43,10 +43,10 @@ struct Dual {
   // and where it is; or all of it at one channel
   const A *mean = nullptr, *share = nullptr, *top = nullptr, *first = nullptr;
   const I* place = nullptr;
-  Spread<A> back;                                      // what pooling over pixels adds to dx
-  const A *weight = nullptr, *projected = nullptr;     // weight[c]·projected[n, s] is added to dx
-  A *dgate = nullptr, *dpixel = nullptr;               // sums, with
-  A *count = nullptr, *shared = nullptr;               // how often x is back.max, per channel; x·gate is top, per pixel
+  Spread<A> back;                         // what pooling over pixels adds to dx
+  bool ones = false;                      // of sums: x is 1 everywhere, and not read
+  A *dgate = nullptr, *dpixel = nullptr;  // sums, with
+  A *count = nullptr, *shared = nullptr;  // how often x is back.max, per channel; x·gate is top, per pixel
 };
 
 // Sums: dgate, dpixel, shared; writes e to kept and e·f to dx where they have data.
@@ -56,10 +56,16 @@ void dual_sums(const Dual<T>& d);
 template <class T>
 void dual_apply(const Dual<T>& d);
 
-// y = act(x·f + residual).
+// Added before the activation: one value per channel, and the product of one per channel and one per pixel.
+template <class A>
+struct Added {
+  const A *channel = nullptr, *weight = nullptr, *plane = nullptr;  // (N, C), (C,), (N, S); any may be null
+};
+
+// y = act(x·f + residual + added).
 template <class T>
 void scale_both(const Map& x, const Map& residual, const Map& y, const Gates<Acc<T>>& gates, Merge merge, Act act,
-                double slope);
+                double slope, const Added<Acc<T>>& added = {});
 
 // How often x·gate is the pixel's maximum.
 template <class T>

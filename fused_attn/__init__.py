@@ -23,7 +23,9 @@ from .warmup import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "BAM",
     "BLOCKS",
+    "CBAM",
     "ECA",
     "EffectiveSE",
     "OPS",
@@ -33,6 +35,7 @@ __all__ = [
     "SelectiveKernel",
     "Shrinkage",
     "ShuffleAttention",
+    "SpatialChannelSE",
     "SpatialGroupEnhance",
     "SplitAttention",
     "SqueezeExcite",

@@ -30,10 +30,11 @@ def converted(module):
 
 
 TIMM = [
-    dict(),
+    {},
     dict(rd_channels=3, mlp_bias=True),
     dict(rd_channels=4, spatial_kernel_size=3, act_layer=nn.SiLU),
-    dict(rd_channels=4, gate_layer="hard_sigmoid", act_layer=nn.LeakyReLU),
+    # timm's own: the backward of torch's rounds 1/6 to float32
+    dict(rd_channels=4, gate_layer="timm.layers.activations.HardSigmoid", act_layer=nn.LeakyReLU),
 ]
 
 
@@ -45,6 +46,8 @@ def test_timm(light, options, ties, training):
     cbam = pytest.importorskip("timm.layers.cbam")
     if light and "gate_layer" in options:
         pytest.skip("its spatial gate takes no layer")
+    if "gate_layer" in options:
+        options = {**options, "gate_layer": pytest.importorskip("timm.layers.activations").HardSigmoid}
     try:
         made = getattr(cbam, f"{light}CbamModule")(32, **options)
     except TypeError:
@@ -112,7 +115,8 @@ def test_what_changes_inside_is_refused(change):
     early, late = cbam.CbamModule(16), cbam.CbamModule(16)
     change(early)
     report = fuse_(early)
-    assert not report.fused and report.refused
+    assert not report.fused
+    assert report.refused
     fuse_(late)
     assert ready(late) is not None
     change(late)
@@ -136,7 +140,8 @@ def test_pool_types(pools, ties, spatial):
     ours = redraw(CBAM(12, rd_channels=4, mlp_bias=True, pool_types=pools, ties=ties, no_spatial=not spatial).double())
     theirs = copy.deepcopy(ours)
     theirs.channel["fc1"].register_forward_hook(lambda *a: None)
-    assert ready(ours) is not None and ready(theirs) is None
+    assert ready(ours) is not None
+    assert ready(theirs) is None
     assert_same_step(ours.train(), theirs.train(), draw(3, 12, 5, 6), within=1e-9)
 
 

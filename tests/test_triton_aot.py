@@ -190,6 +190,22 @@ def map_launches(size, kind, dtype, act="relu", n=2, c=64):
     run("map_scale", x, residual, "none", 1e-5, 0.0)
     run("map_scale", x, residual, "positions", 1e-5, 0.0)
     run("map_scale_bwd", x, residual, both, dy, "positions", 1e-5, 0.0)
+    pixel, place = empty((n, *x.shape[2:]), acc), empty((n, *x.shape[2:]), torch.int64)
+    planes = empty((n, 2, *x.shape[2:]), acc)
+    run("scale", x, gate, residual, pixel, act, 0.01, "product")
+    run("scale", x, gate, None, pixel, "identity", 0.01, "sigmoid_sum")
+    run("scale_bwd", x, gate, aux, pixel, dy, act, 0.01, "sigmoid_product", True)
+    run("spatial_pool", x, gate, "mean_max", "first", True)
+    run("spatial_pool_bwd", x, gate, planes, planes, place, "mean_max", "split")
+    run("dual_scale_reduce", x, dy, gate, pixel, aux, planes, act, 0.01, "mean_max", "split", True)
+    within = (planes, planes, place, pixel)
+    for ties in ("split", "first"):
+        how = ("mean_max", "mean_max", ties)
+        run("dual_scale_gate", x, dy, gate, pixel, *within, both[1], "identity", 0.01, *how)
+        run("dual_scale_apply", x, dy, gate, pixel, *within, both, both[1], index, gate, "identity", 0.01, *how)
+    run("merge_scale_reduce", x, dy, gate, pixel, "sigmoid_product")
+    run("merge_scale_apply", dy, residual, gate, pixel, gate, empty((c,), acc), pixel, "sum")
+    run("project", x, gate, pixel)
 
 
 def branch_launches(size, kind, dtype, count=2, n=2, c=64):

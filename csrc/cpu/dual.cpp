@@ -54,12 +54,13 @@ static void by_merge(Merge merge, const F& f) {
 
 template <class T>
 void scale_both(const Map& x, const Map& residual, const Map& y, const Gates<Acc<T>>& gates, Merge merge, Act act,
-                double slope) {
+                double slope, const Added<Acc<T>>& added) {
   const int64_t rows = x.n * (x.pixels ? x.s : x.c), length = x.pixels ? x.c : x.s;
   by_merge(merge, [&](auto tag) {
     constexpr bool P = decltype(tag)::value;
     parallel_for(0, rows, grain(length), [&](int64_t b, int64_t e) {
-      FA_CALL(scale_rows, (T, P), x, residual, y, (Range{b, e}), gates.gate, gates.pixel, merge, act, Acc<T>(slope));
+      FA_CALL(scale_rows, (T, P), x, residual, y, (Range{b, e}), gates.gate, gates.pixel, merge, act, Acc<T>(slope),
+              added);
     });
   });
 }
@@ -106,9 +107,10 @@ void dual_apply(const Dual<T>& d) {
   dual<T, false>(d);
 }
 
-#define FA_INSTANTIATE(T)                                                                                        \
-  template void scale_both<T>(const Map&, const Map&, const Map&, const Gates<Acc<T>>&, Merge, Act, double);     \
-  template void dual_sums<T>(const Dual<T>&);                                                             \
+#define FA_INSTANTIATE(T)                                                                                   \
+  template void scale_both<T>(const Map&, const Map&, const Map&, const Gates<Acc<T>>&, Merge, Act, double, \
+                              const Added<Acc<T>>&);                                                        \
+  template void dual_sums<T>(const Dual<T>&);                                                               \
   template void dual_apply<T>(const Dual<T>&);
 FA_INSTANTIATE(float)
 FA_INSTANTIATE(double)

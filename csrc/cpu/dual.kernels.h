@@ -21,7 +21,7 @@ struct ScaleRow {
   using A = Acc<T>;
   const T *x, *residual;
   T* y;
-  const A *gate, *pixel;
+  const A *gate, *pixel, *channel, *weight, *plane;
   Merge merge;
   Act act;
   A slope;
@@ -37,6 +37,8 @@ struct ScaleRow {
     const V g = Planes ? set<V>(*gate) : get<V>(gate + i), p = Planes ? get<V>(pixel + i) : set<V>(*pixel);
     V v = load<V>(x + i) * factor_of<V, Product>(merge, g, p).f;
     if (residual) v = v + load<V>(residual + i);
+    if (channel) v = v + (Planes ? set<V>(*channel) : get<V>(channel + i));
+    if (plane) v = v + (Planes ? set<V>(*weight) : get<V>(weight + i)) * (Planes ? get<V>(plane + i) : set<V>(*plane));
     if (act == Act::relu)
       v = select(v <= V{}, V{}, v);
     else if (act != Act::identity)
@@ -47,18 +49,39 @@ struct ScaleRow {
 
 template <class T, bool Product>
 void scale_rows(const Map& x, const Map& residual, const Map& y, Range rows, const Acc<T>* gate, const Acc<T>* pixel,
-                Merge merge, Act act, Acc<T> slope) {
+                Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added) {
+  const auto shift = [](const Acc<T>* p, int64_t by) { return p ? p + by : nullptr; };
   const bool stream = streams<T>(y);
   Place at(rows.begin, x.pixels ? x.s : x.c);
   for (int64_t r = rows.begin; r < rows.end; ++r, at.next()) {
     const int64_t n = at.outer, i = at.inner;
     if (x.pixels) {
-      ScaleRow<T, Product, false> f{x.pixel<const T>(n, i), residual.data ? residual.pixel<const T>(n, i) : nullptr,
-                                    y.pixel<T>(n, i), gate + n * x.c, pixel + r, merge, act, slope, stream};
+      ScaleRow<T, Product, false> f{x.pixel<const T>(n, i),
+                                    residual.data ? residual.pixel<const T>(n, i) : nullptr,
+                                    y.pixel<T>(n, i),
+                                    gate + n * x.c,
+                                    pixel + r,
+                                    shift(added.channel, n * x.c),
+                                    added.weight,
+                                    shift(added.plane, r),
+                                    merge,
+                                    act,
+                                    slope,
+                                    stream};
       each<Acc<T>>(x.c, f);
     } else {
-      ScaleRow<T, Product, true> f{x.plane<const T>(n, i), residual.data ? residual.plane<const T>(n, i) : nullptr,
-                                   y.plane<T>(n, i), gate + r, pixel + n * x.s, merge, act, slope, stream};
+      ScaleRow<T, Product, true> f{x.plane<const T>(n, i),
+                                   residual.data ? residual.plane<const T>(n, i) : nullptr,
+                                   y.plane<T>(n, i),
+                                   gate + r,
+                                   pixel + n * x.s,
+                                   shift(added.channel, r),
+                                   shift(added.weight, i),
+                                   shift(added.plane, n * x.s),
+                                   merge,
+                                   act,
+                                   slope,
+                                   stream};
       each<Acc<T>>(x.s, f);
     }
   }
@@ -74,7 +97,7 @@ struct Rows {
   T *kept[R], *dx[R];
   const A *gate, *pixel, *mean, *share, *top, *first;
   const I* place;
-  const A *add, *split, *max, *sign, *weight, *projected;
+  const A *add, *split, *max, *sign;
   int64_t channel;  // of the first row, of planes
   int64_t ahead;
   Merge merge;
@@ -140,7 +163,6 @@ struct Rows {
       const V s = of<true, V>(sign, j, i);
       out = out + select(v > V{}, s, select(v < V{}, -s, V{}));
     }
-    if (projected) out = out + of<true, V>(weight, j, i) * of<false, V>(projected, j, i);
     return out;
   }
   template <class V>
@@ -166,7 +188,7 @@ struct Rows {
         if (dx[j] && !stream) soon_written(dx[j] + i);
       }
       if constexpr (J == Job::sums) {
-        const V v = load<V>(x[j] + i), g = of<true, V>(gate, j, i), p = of<false, V>(pixel, j, i);
+        const V v = reads ? load<V>(x[j] + i) : set<V>(1), g = of<true, V>(gate, j, i), p = of<false, V>(pixel, j, i);
         const auto f = factor_of<V, Product>(merge, g, p);
         const V e = gradient<V>(v, f.f, j, i), t = e * v, by_gate = t * f.by_gate, by_pixel = t * f.by_pixel;
         by_row = by_row + (Planes ? by_gate : by_pixel);
@@ -228,7 +250,8 @@ struct Rows {
 };
 
 template <class T, bool Product, Job J, bool Planes, int R>
-FA_INLINE Rows<T, Product, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64_t row, Acc<T>* total, Acc<T>* seen) {
+FA_INLINE Rows<T, Product, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64_t row, Acc<T>* total,
+                                                 Acc<T>* seen) {
   using A = Acc<T>;
   const Map& x = d.x;
   Rows<T, Product, J, Planes, R> f;
@@ -247,15 +270,15 @@ FA_INLINE Rows<T, Product, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, in
   f.mean = pixel(d.mean), f.share = pixel(d.share), f.top = pixel(d.top), f.first = pixel(d.first);
   f.place = d.place ? d.place + pixels : nullptr;
   f.add = channel(d.back.add), f.split = channel(d.back.share), f.max = channel(d.back.max);
-  f.sign = channel(d.back.sign), f.weight = d.weight ? d.weight + (Planes ? row : 0) : nullptr;
-  f.projected = pixel(d.projected);
+  f.sign = channel(d.back.sign);
   f.channel = row;
   // The same columns of the next rows, where those are near; else 2 KB on, as elsewhere.
   const int64_t step = R * (Planes ? x.sc : x.ss);
   f.ahead = step * int64_t(sizeof(T)) <= 16384 ? step : 2048 / int64_t(sizeof(T));
-  f.merge = d.merge, f.act = d.act, f.slope = d.slope, f.output = from_output(d.act), f.stream = d.dx.data && streams<T>(d.dx);
+  f.merge = d.merge, f.act = d.act, f.slope = d.slope, f.output = from_output(d.act),
+  f.stream = d.dx.data && streams<T>(d.dx);
   f.sums = d.dgate != nullptr;
-  f.reads = J == Job::sums || d.act != Act::identity || f.sums || f.share || f.split || f.sign;
+  f.reads = J == Job::sums ? !d.ones : d.act != Act::identity || f.sums || f.share || f.split || f.sign;
   f.counts = J == Job::sums ? d.shared != nullptr : d.count != nullptr;
   f.total = total, f.seen = seen;
   return f;

@@ -59,15 +59,16 @@ static Tensor new_plane(const Tensor& pixel, ScalarType dtype) {
   int64_t sizes[16], strides[16], step = 1;
   const int64_t dim = pixel.dim();
   STD_TORCH_CHECK(dim <= 16, "too many dimensions");
-  for (int64_t d = dim - 1; d >= 0; --d) sizes[d] = pixel.size(d), strides[d] = step, step *= std::max<int64_t>(sizes[d], 1);
+  for (int64_t d = dim - 1; d >= 0; --d)
+    sizes[d] = pixel.size(d), strides[d] = step, step *= std::max<int64_t>(sizes[d], 1);
   return new_strided(sizes, strides, dim, dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate,
                                                          const Tensor& pixel, const OptTensor& aux,
                                                          const Tensor& planes, const std::string& act_name,
-                                                         double slope, const std::string& pool,
-                                                         const std::string& ties, bool residual) {
+                                                         double slope, const std::string& pool, const std::string& ties,
+                                                         bool residual) {
   check_map(x);
   check_same(x, dy);
   if (aux) check_same(x, *aux);
@@ -90,8 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_cpu(const Tensor& x, const 
       const int64_t p = kind == Pool::mean_max ? 2 : 1;
       STD_TORCH_CHECK(planes.numel() == p * m.n * m.s, "wrong shape");
       top = scratch<A>(m.n * m.s);
-      for (int64_t n = 0; n < m.n; ++n)
-        std::copy_n(values.get() + (n * p + p - 1) * m.s, m.s, top.get() + n * m.s);
+      for (int64_t n = 0; n < m.n; ++n) std::copy_n(values.get() + (n * p + p - 1) * m.s, m.s, top.get() + n * m.s);
     }
     Dual<T> d;
     d.x = m, d.dy = maps[1], d.aux = maps[2], d.kept = maps[3];

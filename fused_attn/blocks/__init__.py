@@ -1,10 +1,12 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
 from . import se_source, shrinkage_ports, tails  # noqa: F401  (they register rules)
+from .bam import BAM
 from .cbam import CBAM
 from .eca import ECA
 from .pyramid_squeeze import PyramidSqueezeAttention
 from .residual_attention import ResidualAttention
+from .scse import SpatialChannelSE
 from .selective_kernel import SelectiveKernel
 from .shrinkage import Shrinkage
 from .shuffle_attention import ShuffleAttention
@@ -13,6 +15,7 @@ from .split_attention import SplitAttention
 from .squeeze_excite import EffectiveSE, SqueezeExcite
 
 __all__ = [
+    "BAM",
     "CBAM",
     "ECA",
     "EffectiveSE",
@@ -21,6 +24,7 @@ __all__ = [
     "SelectiveKernel",
     "Shrinkage",
     "ShuffleAttention",
+    "SpatialChannelSE",
     "SpatialGroupEnhance",
     "SplitAttention",
     "SqueezeExcite",

@@ -1,4 +1,4 @@
-"""CBAM: a gate per channel from the mean and the maximum of its pixels, then a gate per pixel from those of its channels.
+"""CBAM: a gate per channel from the mean and maximum of its pixels, then one per pixel from those of its channels.
 
     gate[n, c]  = g(MLP(mean_s x) + MLP(max_s x))                  MLP(p) = W2 act(W1 p + b1) + b2
     pixel[n, s] = g(norm(conv([mean_c x·gate, max_c x·gate])))     y = x·gate·pixel
@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import activations, dual_scale, pool_scale, shared_mlp
-from ..plan import Fused, Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, register, renew, tampered
+from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, register, renew
 from ..registry import Block, case
 from . import norms
+from .deep import DeepPlan
 from .excite_plan import _dense
 from .squeeze_excite import _activation
 from .tails import Tail
@@ -66,7 +67,7 @@ class Parts:
     idle: tuple[tuple[str, str], ...] = ()
 
 
-class CbamPlan(Plan):
+class CbamPlan(DeepPlan):
     """What a CBAM's fused forward relies on: layers two modules deep, so those between are compared as well."""
 
     __slots__ = (
@@ -78,7 +79,6 @@ class CbamPlan(Plan):
         "first",
         "gate",
         "kinds",
-        "nested",
         "norm",
         "padding",
         "parts",
@@ -88,51 +88,29 @@ class CbamPlan(Plan):
 
     def __init__(self, module: nn.Module, parts: Parts, kinds: tuple[str, ...] = ("avg", "max"),
                  fixed: tuple[str, ...] = ()) -> None:  # fmt: skip
-        super().__init__(module, (), fixed)
-        self.nested: tuple[tuple[dict[str, Any], tuple[Any, ...]], ...] = ()
+        super().__init__(module, parts.inner, fixed)
         self.parts, self.kinds = parts, kinds
-        for name, (where, source) in parts.inner.items():
-            child = self._skip(module, name)
-            cls = child.original if isinstance(child, Fused) else type(child)
-            if path(cls) != where or (source and fingerprint(cls.forward) != source):
-                raise Refused(f"{name} is a {path(type(child))} that isn't known")
         for name, where in parts.idle:
-            child = self._skip(module, name)
-            if path(type(child)) != where or self.fix(child, "output_size") not in (1, (1, 1)):
-                raise Refused(f"{name} is {child!r}, not of output size 1")
-        self.first = _dense(self, parts.fc1, self._skip(module, parts.fc1))
-        self.second = _dense(self, parts.fc2, self._skip(module, parts.fc2))
+            self.pooling(module, name, where)
+        self.first = _dense(self, parts.fc1, self.skip(module, parts.fc1))
+        self.second = _dense(self, parts.fc2, self.skip(module, parts.fc2))
         if self.first["weight"].shape[1] != self.second["weight"].shape[0]:
             raise Refused("the MLP doesn't return as many channels as it takes")
         acts = tuple(a for a in activations.ACTS if a != "prelu")
-        self.act, self.slope = activation(self, parts.act, self._skip(module, parts.act), acts)
+        self.act, self.slope = activation(self, parts.act, self.skip(module, parts.act), acts)
         gates = tuple(g for g in activations.GATES if g != "prelu")
         self.gate = "sigmoid"
         if parts.gate is not None:
-            self.gate, _ = activation(self, parts.gate, self._skip(module, parts.gate), gates)
+            self.gate, _ = activation(self, parts.gate, self.skip(module, parts.gate), gates)
         self.conv, self.norm, self.conv_gate, self.dims = None, None, "sigmoid", None
         if parts.conv is None:
             return
         self._convolution(module, parts)
-        self.conv_gate, _ = activation(self, parts.spatial_gate, self._skip(module, parts.spatial_gate), gates)
-
-    def _skip(self, module: nn.Module, name: str) -> nn.Module:
-        """The child of a dotted name, which from now on is compared. Raises Refused where something hangs on it."""
-        child: Any = module
-        for part in name.split("."):
-            child = vars(child)["_modules"].get(part)
-            if child is None:
-                raise Refused(f"{name} is None")
-        if (why := tampered(child)) is not None:
-            raise Refused(f"{name} {why}")
-        self.skipped += ((child, type(child), vars(child)),)
-        children = vars(child)["_modules"]
-        self.nested += ((children, tuple(children.values())),)
-        return child
+        self.conv_gate, _ = activation(self, parts.spatial_gate, self.skip(module, parts.spatial_gate), gates)
 
     def _convolution(self, module: nn.Module, parts: Parts) -> None:
         assert parts.conv is not None
-        conv = self._skip(module, parts.conv)
+        conv = self.skip(module, parts.conv)
         self.dims = _CONVS.get(path(type(conv)))
         planes = 1 if parts.light else 2
         usual = self.dims is not None and {
@@ -145,22 +123,16 @@ class CbamPlan(Plan):
         if any(k % 2 == 0 for k in size) or self.padding != want:
             raise Refused(f"{parts.conv} is {conv!r}, which doesn't keep the size of a plane")
         self.conv = self.weights(parts.conv, conv)
-        norm = self._skip(module, parts.norm)
+        norm = self.skip(module, parts.norm)
         if path(type(norm)) == _IDENTITY:
             return
         known = _NORMS.get(path(type(norm)))
         if known is None or (known[0] and fingerprint(type(norm).forward) != known[0]):
             raise Refused(f"{parts.norm} is a {path(type(norm))}, not a BatchNorm")
         for name in known[1]:
-            if path(type(self._skip(module, f"{parts.norm}.{name}"))) != _IDENTITY:
+            if path(type(self.skip(module, f"{parts.norm}.{name}"))) != _IDENTITY:
                 raise Refused(f"{parts.norm}.{name} is not idle")
         self.norm = vars(norm)
-
-    def intact(self, attributes: dict[str, Any]) -> bool:
-        for children, before in self.nested:
-            if tuple(children.values()) != before:
-                return False
-        return super().intact(attributes)
 
     def run(
         self, x: Tensor, residual: Tensor | None = None, epilogue: str = "identity", epilogue_slope: float = 0.01
@@ -216,7 +188,8 @@ class CbamPlan(Plan):
 
     def _spatial(self) -> Callable[..., Any]:
         """The spatial gate's function of the planes and `_planar`."""
-        assert self.conv is not None and self.dims is not None
+        assert self.conv is not None
+        assert self.dims is not None
         state = (self.conv["weight"], self.conv["bias"], *(norms.state(self.norm) if self.norm else ()))
         there = [t is not None for t in state]
         light, flip, gate, convolve = self.parts.light, self.parts.flip, self.conv_gate, _CONV[self.dims - 1]

@@ -7,6 +7,7 @@ from .channel_pool import channel_pool
 from .dual_scale import dual_scale
 from .group_similarity_scale import group_similarity_scale
 from .map_scale import map_scale
+from .merge_scale import bam_scale, scse_scale
 from .plane_gate_shuffle import plane_gate_shuffle
 from .pool_conv_scale import pool_conv_scale
 from .pool_mlp_scale import pool_mlp_scale
@@ -18,6 +19,7 @@ from .soft_threshold import soft_threshold
 from .spatial_pool import spatial_pool
 
 __all__ = [
+    "bam_scale",
     "branch_pool",
     "branch_scale",
     "branch_softmax",
@@ -31,6 +33,7 @@ __all__ = [
     "pool_scale",
     "pool_soft_threshold",
     "scale",
+    "scse_scale",
     "shared_mlp",
     "soft_threshold",
     "spatial_pool",

@@ -201,8 +201,9 @@ def dual_scale(
     checks.like("residual", residual, "x", x)
     excite_.check(channel_excite, channel_params)
     excite_.check(spatial_excite, spatial_params)
+    recording = torch.is_grad_enabled() or torch.compiler.is_compiling()  # else nobody asks for places of maxima
     y, *statistics = _Spanning.apply(
-        x, residual, (channel_excite, spatial_excite), len(channel_params), channel, pool, ties, act, slope,
+        x, residual, recording, (channel_excite, spatial_excite), len(channel_params), channel, pool, ties, act, slope,
         *channel_params, *spatial_params,
     )  # fmt: skip
     return (y, *statistics) if statistics else y
@@ -213,16 +214,16 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, excites: tuple[Callable[..., Any], ...], split: int,
-        channel: str, pool: str, ties: str, act: str, slope: float, *params: Tensor,
+        ctx: Any, x: Tensor, residual: Tensor | None, recording: bool, excites: tuple[Callable[..., Any], ...],
+        split: int, channel: str, pool: str, ties: str, act: str, slope: float, *params: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         nothing = x.new_empty(0, dtype=torch.int64)
-        first = has_max(channel) and ties == "first"
-        out = channel_pool(x, channel, ties, first)
+        first = has_max(channel) and ties == "first" and recording
+        out = channel_pool(x, channel, "first" if first else "split", first)
         p, index = out if first else (out, nothing)
         gate, statistics = excite_.run(excites[0], (p,), params[:split], x.shape[:2], "(N, C)")
-        first = has_max(pool) and ties == "first"
-        out = spatial_pool(x, gate, pool, ties, first)
+        first = has_max(pool) and ties == "first" and recording
+        out = spatial_pool(x, gate, pool, "first" if first else "split", first)
         q, places = out if first else (out, nothing)
         shape = (x.shape[0], *x.shape[2:])
         pixel, more = excite_.run(excites[1], (q,), params[split:], shape, "(N, *S)")
@@ -244,7 +245,7 @@ class _Spanning(torch.autograd.Function):
         """The three passes, and the excites' between them."""
         x, gate, p, index, pixel, q, places, aux, *params = ctx.saved_tensors
         excites, split, channel, pool, ties, act, slope, residual = ctx.consts
-        dy, acc, needs = match(dy, x), accumulator(x.dtype), ctx.needs_input_grad[9:]
+        dy, acc, needs = match(dy, x), accumulator(x.dtype), ctx.needs_input_grad[10:]
         dpixel, e, shared = dual_scale_reduce(x, dy, gate, pixel, aux, q, act, slope, pool, ties, residual)
         (dq,), dspatial = excite_.gradient(excites[1], (q,), params[split:], dpixel.to(pixel.dtype), needs[split:])
         written = keeps_e(act, residual)
@@ -259,4 +260,4 @@ class _Spanning(torch.autograd.Function):
             x, e, gate, pixel, dq, q, places, shared, dp.to(acc), values, index, count,
             through, slope, pool, channel, ties,
         )  # fmt: skip
-        return dx, e if residual else None, None, None, None, None, None, None, None, *dchannel, *dspatial
+        return dx, e if residual else None, None, None, None, None, None, None, None, None, *dchannel, *dspatial

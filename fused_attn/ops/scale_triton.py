@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import tile
 from ..layout import accumulator
+from . import pixel_triton
 from .activations import FROM_OUTPUT
 
 
@@ -146,7 +147,11 @@ def backward_sums(
     return dgate, count
 
 
-def scale(x: Tensor, gate: Tensor, residual: Tensor | None, act: str, slope: float) -> Tensor:
+def scale(
+    x: Tensor, gate: Tensor | None, residual: Tensor | None, pixel: Tensor | None, act: str, slope: float, merge: str
+) -> Tensor:
+    if pixel is not None or gate is None or merge.startswith("sigmoid"):
+        return pixel_triton.scale(x, gate, residual, pixel, act, slope, merge)
     y = torch.empty_like(x)
     w = tile.walk(x, residual, y)
     strides = [step for pair in w.strides for step in pair]
@@ -158,9 +163,14 @@ def scale(x: Tensor, gate: Tensor, residual: Tensor | None, act: str, slope: flo
 
 
 def scale_bwd(
-    x: Tensor, gate: Tensor, aux: Tensor | None, dy: Tensor, act: str, slope: float, residual: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x)
+    x: Tensor, gate: Tensor | None, aux: Tensor | None, pixel: Tensor | None, dy: Tensor,
+    act: str, slope: float, merge: str, residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, none = torch.empty_like(x), x.new_empty(0)
     dresidual = torch.empty_like(x) if residual and act != "identity" else None
+    if pixel is not None or gate is None or merge.startswith("sigmoid"):
+        dtypes = gate if gate is None else gate.dtype, pixel if pixel is None else pixel.dtype
+        dgate, dpixel, _ = pixel_triton.sums(x, dy, aux, gate, pixel, None, act, slope, merge, dresidual, dx, *dtypes)
+        return dx, dgate, none if dresidual is None else dresidual, dpixel
     dgate, _ = backward_sums(x, dy, gate, aux, None, gate.dtype, act, slope, dresidual, dx)
-    return dx, dgate, x.new_empty(0) if dresidual is None else dresidual
+    return dx, dgate, none if dresidual is None else dresidual, none

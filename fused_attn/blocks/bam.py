@@ -1,0 +1,205 @@
+"""BAM: one gate from a gate per channel and a gate per pixel, each of which sees the whole map.
+
+    Mc = W_k δ(norm(W_{k-1} … mean_s x))                    (N, C)
+    Ms = conv1×1 ∘ [δ norm conv3×3, dilated]² ∘ δ norm conv1×1 (x)    (N, *S)
+    y  = x·(1 + σ(Mc·Ms))   the authors' code, pytorchcv          y = x·(1 + σ(Mc + Ms))   the paper
+
+Park et al., "BAM: Bottleneck Attention Module", arXiv:1807.06514, eq. 1–4. The paper's formulas end each branch with a
+batch norm; no published code does: it stands after each hidden layer. The convolutions are PyTorch's, and run as
+modules; the merge, the pooling and the channel branch are one op.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import activations, bam_scale
+from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, renew
+from ..registry import Block, case
+from . import norms
+from .deep import DeepPlan
+from .squeeze_excite import _dense, _norm
+
+_SEQUENTIAL = "torch.nn.modules.container.Sequential"
+_CV = "pytorchcv.models."
+
+
+class BamPlan(DeepPlan):
+    """What a BAM's fused forward relies on.
+
+    hidden: dotted names (dense layer, norm, activation) of the channel branch; last: of its last layer
+    spatial: dotted names of the modules that make the spatial branch, called one after the other
+    """
+
+    __slots__ = ("hidden", "last", "merge", "spatial")
+
+    def __init__(
+        self, module: nn.Module, inner: dict[str, tuple[str, str]], hidden: list[tuple[str, str, str]], last: str,
+        spatial: tuple[str, ...], merge: str, fixed: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(module, inner, fixed)
+        acts = tuple(a for a in activations.ACTS if a != "prelu")
+        self.hidden = []
+        for fc, norm, act in hidden:
+            weights = _dense(self, fc, self.skip(module, fc))
+            self.hidden.append(
+                (weights, _norm(norm, self.skip(module, norm)), activation(self, act, self.skip(module, act), acts))
+            )
+        self.last, self.spatial, self.merge = _dense(self, last, self.skip(module, last)), spatial, merge
+
+    def run_on(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The forward of `module`, whose plan this is."""
+        state: list[Tensor | None] = []
+        layers = []
+        kept = []
+        for weights, norm, act in self.hidden:
+            state += [weights["weight"], weights["bias"], *(norms.state(norm) if norm else ())]
+            layers.append((norm is not None, norm["eps"] if norm else 0.0, act))
+            if norm is not None and norms.uses_batch(norm):
+                kept.append(norm)
+        state += [self.last["weight"], self.last["bias"]]
+        there = [t is not None for t in state]
+
+        def excite(p: Tensor, *rest: Tensor) -> Any:
+            given = iter(rest)
+            tensors = iter([next(given) if here else None for here in there])
+            linear = lambda v: F.linear(v, next(tensors).flatten(1).to(v.dtype), _to(next(tensors), v))  # type: ignore[union-attr]
+            statistics: tuple[Tensor, ...] = ()
+            for normed, eps, (act, slope) in layers:
+                p = linear(p)
+                if normed:
+                    p, more = norms.normalise(p, *(next(tensors) for _ in range(4)), eps)
+                    statistics += more
+                p = activations.apply(act, p, slope)
+            return linear(p), *statistics
+
+        def spatial(x: Tensor) -> Tensor:
+            for name in self.spatial:
+                x = module.get_submodule(name)(x)
+            return x.squeeze(1)
+
+        out = bam_scale(x, excite, spatial, *(t for t in state if t is not None), merge=self.merge)
+        if not isinstance(out, tuple):
+            return out
+        y, *statistics = out
+        for norm, batch in zip(kept, statistics, strict=True):
+            norms.keep(norm, batch, x.shape[0])
+        return y  # type: ignore[no-any-return]
+
+
+def _to(t: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if t is None else t.to(like.dtype)
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    """What a foreign BAM's forward becomes."""
+    plan = ready(self)
+    if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
+        return self.original.forward(self, x)
+    return plan.run_on(self, x)  # type: ignore[attr-defined]
+
+
+class BAM(Planned):
+    """Bottleneck attention of feature maps (N, C, H, W).
+
+    channels: C; rd_ratio, rd_channels: width inside both branches, rd_channels or rd_ratio·C (at least one)
+    num_layers: hidden layers of the channel branch
+    dilation, num_dilated: of the 3×3 convolutions
+    merge: "product", as the authors' code has it, or "sum", as their paper has it
+
+    Raises ValueError for another merge.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        rd_ratio: float = 1 / 16,
+        rd_channels: int | None = None,
+        num_layers: int = 1,
+        dilation: int = 4,
+        num_dilated: int = 2,
+        merge: str = "product",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if merge not in ("product", "sum"):
+            raise ValueError(f"merge must be 'product' or 'sum'; got {merge!r}")
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1; got {num_layers!r}")
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        h = rd_channels or max(1, int(channels * rd_ratio))
+        self.merge, self.num_layers = merge, num_layers
+        dense: list[nn.Module] = []
+        for i in range(num_layers):
+            dense += [nn.Linear(h if i else channels, h, **made), nn.BatchNorm1d(h, **made), nn.ReLU()]
+        self.channel = nn.Sequential(*dense, nn.Linear(h, channels, **made))
+        convs: list[nn.Module] = [nn.Conv2d(channels, h, 1, **made), nn.BatchNorm2d(h, **made), nn.ReLU()]
+        for _ in range(num_dilated):
+            conv = nn.Conv2d(h, h, 3, padding=dilation, dilation=dilation, **made)
+            convs += [conv, nn.BatchNorm2d(h, **made), nn.ReLU()]
+        self.spatial = nn.Sequential(*convs, nn.Conv2d(h, 1, 1, **made))
+        renew(self)
+
+    def _plan(self) -> Plan:
+        hidden = [(f"channel.{3 * i}", f"channel.{3 * i + 1}", f"channel.{3 * i + 2}") for i in range(self.num_layers)]
+        if len(self.channel) != 3 * self.num_layers + 1:
+            raise Refused("channel has other layers")
+        last, merge = f"channel.{3 * self.num_layers}", f"sigmoid_{self.merge}"
+        return BamPlan(self, {"channel": (_SEQUENTIAL, "")}, hidden, last, ("spatial",), merge, ("merge", "num_layers"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y: (N, C, H, W), in x's dtype and memory format.
+
+        Raises ValueError or TypeError, naming the argument, for a wrong shape or dtype; and ValueError where batch
+        statistics are wanted of one value.
+        """
+        plan = ready(self)
+        if plan is not None:
+            return plan.run_on(self, x)  # type: ignore[attr-defined]
+        gate, pixel = self.channel(x.mean((2, 3)))[..., None, None], self.spatial(x)
+        return x * (1 + torch.sigmoid(gate * pixel if self.merge == "product" else gate + pixel))
+
+    by_plan = forward
+
+
+def _pytorchcv_plan(module: nn.Module) -> Plan:
+    dense = (f"{_CV}bamresnet.DenseBlock", "82a27b27829f")
+    inner = {
+        "ch_att": (f"{_CV}bamresnet.ChannelGate", "704296b372b0"),
+        "ch_att.init_fc": dense,
+        "ch_att.main_fcs": (_SEQUENTIAL, ""),
+        "sp_att": (f"{_CV}bamresnet.SpatialGate", "ddc2b222d7a0"),
+    }
+    found = vars(module)["_modules"].get("ch_att")
+    more = list(found.main_fcs._modules) if found is not None else []  # type: ignore[union-attr,operator]
+    inner |= {f"ch_att.main_fcs.{name}": dense for name in more}
+    layers = ["ch_att.init_fc", *(f"ch_att.main_fcs.{name}" for name in more)]
+    plan = BamPlan(
+        module, inner, [(f"{n}.fc", f"{n}.bn", f"{n}.activ") for n in layers], "ch_att.final_fc",
+        ("sp_att.init_conv", "sp_att.dil_convs", "sp_att.final_conv"), "sigmoid_product",
+    )  # fmt: skip
+    plan.pooling(module, "ch_att.pool", "torch.nn.modules.pooling.AdaptiveAvgPool2d")
+    if path(type(plan.skip(module, "sigmoid"))) != "torch.nn.modules.activation.Sigmoid":
+        raise Refused("sigmoid is another layer")
+    return plan
+
+
+BAM_RULES: tuple[Rule, ...] = register(
+    Rule(f"{_CV}bamresnet.BamBlock", _forward, _pytorchcv_plan, {"forward": ("efe792989dde",)}),
+)
+
+Block(
+    name="bam",
+    module=BAM,
+    paper="Park et al., BAM: Bottleneck Attention Module, https://arxiv.org/abs/1807.06514",
+    ops=("bam_scale",),
+    rules=BAM_RULES,
+    cases=(
+        case(args={"channels": 32}, x=(3, 32, 9, 8)),
+        case(args={"channels": 16, "rd_channels": 4, "merge": "sum"}, x=(3, 16, 7, 7)),
+        case(args={"channels": 16, "rd_channels": 4, "num_layers": 2, "dilation": 2}, x=(3, 16, 7, 7)),
+    ),
+)

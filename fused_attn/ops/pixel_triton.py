@@ -1,0 +1,364 @@
+"""Triton kernels with a value per pixel beside the one per channel; the launchers are in the ops' own files.
+
+    scale   y = act(x·f + residual)                                                 reads x (residual), writes y
+    sums    e = dy·act'(v), dgate = Σ_s e·x·∂f/∂gate, dpixel = Σ_c e·x·∂f/∂pixel    reads x, dy (aux), writes (dx, e)
+    apply   h = e·pixel + what pooling over channels adds, dgate = Σ_s x·h,
+            dx = gate·h + what pooling over pixels adds                             reads e (x), writes (dx)
+
+A program of sums and apply owns a block of channels and walks along the pixels: the sum over pixels stays in registers,
+the sum over its channels is written per block, and the blocks are added in order.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tile
+from ..layout import accumulator
+from .activations import FROM_OUTPUT
+
+
+class Walk(NamedTuple):
+    """How a launch walks its maps: rows and columns as in tile.py, with whole vectors in every row."""
+
+    planes: bool
+    n: int
+    a: int
+    b: int
+    blocks: int
+    splits: int
+    steps: int
+    strides: list[int]
+    meta: dict[str, Any]
+
+
+def walk(*maps: Tensor | None, along: str = "pixels") -> Walk:
+    """along: what a program walks through; its block is of the other one, "" for a tile without a walk."""
+    if not maps[0].numel():  # type: ignore[union-attr]
+        maps = tuple(m if m is None else maps[0] for m in maps)  # whose strides may be anything
+    w = tile.walk(*maps, sums=True)
+    v = w.meta["V"] if w.b % w.meta["V"] == 0 else 1  # else rows start inside of a vector, and pixels don't line up
+    two = triton.next_power_of_2
+    channels_down = w.planes
+    if w.planes:
+        rows = min(two(w.a), 64 if along == "pixels" else 16)
+        cols = min(two(w.b), 1024 // rows)
+    else:
+        cols = min(two(w.b), 128)
+        rows = min(two(w.a), 1024 // cols)
+    down, across = triton.cdiv(w.a, rows), triton.cdiv(w.b, cols)
+    owned_down = channels_down == (along == "pixels")
+    blocks, tiles = (down, across) if owned_down else (across, down)
+    splits = 1
+    if along == "pixels" and w.n * blocks < 256:
+        splits = max(1, min(triton.cdiv(512, max(w.n * blocks, 1)), tiles // 4))
+    steps = triton.cdiv(tiles, splits)
+    warps = max(1, min(4, rows * cols // 256))
+    meta = {**w.meta, "V": v, "ROWS": rows, "COLS": cols, "num_warps": warps}
+    return Walk(w.planes, w.n, w.a, w.b, blocks, triton.cdiv(tiles, steps), steps,
+                [step for pair in w.strides for step in pair], meta)  # fmt: skip
+
+
+@triton.jit
+def spot(block, step, PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Rows and columns of a tile. CHANNELS: whether `block` counts channels, and `step` pixels."""
+    down = block if PLANES == CHANNELS else step
+    across = step if PLANES == CHANNELS else block
+    return down * ROWS + tl.arange(0, ROWS)[:, None], across * COLS + tl.arange(0, COLS)[None, :]
+
+
+@triton.jit
+def per_channel(ptr, n, a, col, A, B, ACC: tl.constexpr, PLANES: tl.constexpr):
+    """A tensor (N, C) beside a tile."""
+    if PLANES:
+        return tl.load(ptr + n * A + a, mask=a < A, other=0).to(ACC)
+    else:
+        return tl.load(ptr + n * B + col, mask=col < B, other=0).to(ACC)
+
+
+@triton.jit
+def per_pixel(ptr, n, a, col, A, B, ACC: tl.constexpr, PLANES: tl.constexpr):
+    """A tensor (N, S) beside a tile."""
+    if PLANES:
+        return tl.load(ptr + n * B + col, mask=col < B, other=0).to(ACC)
+    else:
+        return tl.load(ptr + n * A + a, mask=a < A, other=0).to(ACC)
+
+
+@triton.jit
+def merged(gate, pixel, MERGE: tl.constexpr):
+    """The factor f; a gate that is None isn't there."""
+    if gate is None:
+        both = pixel
+    elif pixel is None:
+        both = gate
+    elif MERGE == "product" or MERGE == "sigmoid_product":
+        both = gate * pixel
+    else:
+        both = gate + pixel
+    if MERGE == "sigmoid_product" or MERGE == "sigmoid_sum":
+        return 1 + tile.sigmoid(both)
+    else:
+        return both
+
+
+@triton.jit
+def gradient(
+    e_ptr, aux_ptr, x, f, n, a, col, mask, e_sn, e_sr, aux_sn, aux_sr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, OUTPUT: tl.constexpr, ACC: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """e = dy·act'(v) on a tile."""
+    e = tl.load(tile.at(e_ptr, n, a, col, e_sn, e_sr, V), mask=mask, other=0).to(ACC)
+    if ACT == "identity":
+        return e
+    elif aux_ptr is None:
+        return tile.cut(e, tile.derivative(x * f, ACT, SLOPE, None))
+    else:
+        aux = tl.load(tile.at(aux_ptr, n, a, col, aux_sn, aux_sr, V), mask=mask, other=0).to(ACC)
+        return tile.cut(e, tile.derivative(aux if OUTPUT else x * f + aux, ACT, SLOPE, None))
+
+
+@triton.jit
+def _pixel_scale_kernel(
+    x_ptr, gate_ptr, pixel_ptr, residual_ptr, add_ptr, weight_ptr, plane_ptr, y_ptr, A, B,
+    x_sn, x_sr, residual_sn, residual_sr, y_sn, y_sr,
+    MERGE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
+):  # fmt: skip
+    n, a, col, head = tile.spot(A, B, PLANES, ROWS, COLS, V, BIG)
+    mask = tile.owned(a, col, head, A, B, V)
+    gate, pixel = None, None
+    if gate_ptr is not None:
+        gate = per_channel(gate_ptr, n, a, col, A, B, ACC, PLANES)
+    if pixel_ptr is not None:
+        pixel = per_pixel(pixel_ptr, n, a, col, A, B, ACC, PLANES)
+    v = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC) * merged(gate, pixel, MERGE)
+    if residual_ptr is not None:
+        v += tl.load(tile.at(residual_ptr, n, a, col, residual_sn, residual_sr, V), mask=mask, other=0).to(ACC)
+    if add_ptr is not None:
+        v += per_channel(add_ptr, n, a, col, A, B, ACC, PLANES)
+    if plane_ptr is not None:
+        v += per_channel(weight_ptr, 0, a, col, A, B, ACC, PLANES) * per_pixel(plane_ptr, n, a, col, A, B, ACC, PLANES)
+    y = tile.activate(v, ACT, SLOPE, None)
+    tl.store(tile.at(y_ptr, n, a, col, y_sn, y_sr, V), y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pixel_sums_kernel(
+    x_ptr, dy_ptr, aux_ptr, gate_ptr, pixel_ptr, top_ptr, dgate_ptr, dpixel_ptr, shared_ptr, e_ptr, dx_ptr,
+    A, B, STEPS, BLOCKS, N, x_sn, x_sr, dy_sn, dy_sr, aux_sn, aux_sr, e_sn, e_sr, dx_sn, dx_sr,
+    MERGE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, OUTPUT: tl.constexpr, ACC: tl.constexpr,
+    PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
+):  # fmt: skip
+    n, block = tile.sample(BLOCKS)
+    dgate = tl.zeros((ROWS, COLS), ACC)
+    first = tl.program_id(1) * STEPS
+    last = tl.minimum(first + STEPS, tl.cdiv(B, COLS) if PLANES else tl.cdiv(A, ROWS))
+    for step in range(first, last):
+        a, col = spot(block, step, PLANES, ROWS, COLS, True)
+        inside = (a < A) & (col < B)
+        mask = (a < A) & (col // V * V < B)
+        gate, pixel = None, None
+        if gate_ptr is not None:
+            gate = per_channel(gate_ptr, n, a, col, A, B, ACC, PLANES)
+        if pixel_ptr is not None:
+            pixel = per_pixel(pixel_ptr, n, a, col, A, B, ACC, PLANES)
+        f = merged(gate, pixel, MERGE)
+        x = tl.full((ROWS, COLS), 1, ACC)
+        if x_ptr is not None:
+            x = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
+        e = gradient(dy_ptr, aux_ptr, x, f, n, a, col, mask, dy_sn, dy_sr, aux_sn, aux_sr, ACT, SLOPE, OUTPUT, ACC, V)
+        if e_ptr is not None:
+            tl.store(tile.at(e_ptr, n, a, col, e_sn, e_sr, V), e.to(e_ptr.dtype.element_ty), mask=mask)
+        if dx_ptr is not None:
+            tl.store(tile.at(dx_ptr, n, a, col, dx_sn, dx_sr, V), (e * f).to(dx_ptr.dtype.element_ty), mask=mask)
+        t = tl.where(inside, e * x, 0)
+        if MERGE == "sigmoid_product" or MERGE == "sigmoid_sum":
+            t *= (f - 1) * (2 - f)
+        by_gate, by_pixel = t, t
+        if (MERGE == "product" or MERGE == "sigmoid_product") and gate_ptr is not None and pixel_ptr is not None:
+            by_gate, by_pixel = t * pixel, t * gate
+        dgate += by_gate
+        at = col if PLANES else a
+        if PLANES:
+            to = (block * N + n) * B + col
+        else:
+            to = (block * N + n) * A + a
+        keep = at < (B if PLANES else A)
+        if dpixel_ptr is not None:
+            total = tl.sum(by_pixel, 0 if PLANES else 1, keep_dims=True)
+            tl.store(dpixel_ptr + to, total.to(dpixel_ptr.dtype.element_ty), mask=keep)
+        if shared_ptr is not None:
+            hit = inside & (x * gate == per_pixel(top_ptr, n, a, col, A, B, ACC, PLANES))
+            seen = tl.sum(hit.to(ACC), 0 if PLANES else 1, keep_dims=True)
+            tl.store(shared_ptr + to, seen.to(shared_ptr.dtype.element_ty), mask=keep)
+    if dgate_ptr is not None:
+        to, keep = _channels(n, block, A, B, N, PLANES, ROWS, COLS)
+        tl.store(dgate_ptr + to, tl.sum(dgate, 1 if PLANES else 0).to(dgate_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _channels(n, block, A, B, N, PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where this program's sums over pixels go in (splits, N, C)."""
+    if PLANES:
+        c = block * ROWS + tl.arange(0, ROWS)
+        return (tl.program_id(1) * N + n) * A + c, c < A
+    else:
+        c = block * COLS + tl.arange(0, COLS)
+        return (tl.program_id(1) * N + n) * B + c, c < B
+
+
+@triton.jit
+def _pixel_apply_kernel(
+    x_ptr, e_ptr, gate_ptr, pixel_ptr, mean_ptr, most_ptr, top_ptr, place_ptr, dmean_ptr, dmax_ptr, maxima_ptr,
+    index_ptr, dgate_ptr, count_ptr, dx_ptr, A, B, STEPS, BLOCKS, N, x_sn, x_sr, e_sn, e_sr, dx_sn, dx_sr,
+    ABS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
+):  # fmt: skip
+    n, block = tile.sample(BLOCKS)
+    dgate = tl.zeros((ROWS, COLS), ACC)
+    count = tl.zeros((ROWS, COLS), ACC)
+    first = tl.program_id(1) * STEPS
+    last = tl.minimum(first + STEPS, tl.cdiv(B, COLS) if PLANES else tl.cdiv(A, ROWS))
+    for step in range(first, last):
+        a, col = spot(block, step, PLANES, ROWS, COLS, True)
+        inside = (a < A) & (col < B)
+        mask = (a < A) & (col // V * V < B)
+        x = tl.zeros((ROWS, COLS), ACC)
+        if x_ptr is not None:
+            x = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
+        gate = 1.0
+        if gate_ptr is not None:
+            gate = per_channel(gate_ptr, n, a, col, A, B, ACC, PLANES)
+        h = tl.zeros((ROWS, COLS), ACC)
+        if e_ptr is not None:
+            pixel = per_pixel(pixel_ptr, n, a, col, A, B, ACC, PLANES)
+            h += pixel * gradient(
+                e_ptr, None, x, gate * pixel, n, a, col, mask, e_sn, e_sr, 0, 0, ACT, SLOPE, False, ACC, V
+            )
+        if mean_ptr is not None:
+            h += per_pixel(mean_ptr, n, a, col, A, B, ACC, PLANES)
+        if most_ptr is not None:
+            most = per_pixel(most_ptr, n, a, col, A, B, ACC, PLANES)
+            if place_ptr is not None:
+                c = a if PLANES else col
+                h += tl.where(c == per_pixel(place_ptr, n, a, col, A, B, tl.int64, PLANES), most, 0.0)
+            else:
+                # A product and not a choice: where the maximum is NaN nothing equals it, and 0·(dmax/0) says so.
+                h += (x * gate == per_pixel(top_ptr, n, a, col, A, B, ACC, PLANES)).to(ACC) * most
+        if dgate_ptr is not None:
+            dgate += tl.where(inside, x * h, 0)
+        if count_ptr is not None:
+            count += (inside & (x == per_channel(maxima_ptr, n, a, col, A, B, ACC, PLANES))).to(ACC)
+        if dx_ptr is not None:
+            dx = h * gate
+            if dmean_ptr is not None:
+                dmean = per_channel(dmean_ptr, n, a, col, A, B, ACC, PLANES)
+                if ABS:
+                    dx += dmean * ((x > 0).to(ACC) - (x < 0).to(ACC))
+                else:
+                    dx += dmean
+            if dmax_ptr is not None:
+                dmax = per_channel(dmax_ptr, n, a, col, A, B, ACC, PLANES)
+                if index_ptr is not None:
+                    s = col if PLANES else a
+                    dx += tl.where(s == per_channel(index_ptr, n, a, col, A, B, tl.int64, PLANES), dmax, 0.0)
+                else:
+                    dx += (x == per_channel(maxima_ptr, n, a, col, A, B, ACC, PLANES)).to(ACC) * dmax
+            tl.store(tile.at(dx_ptr, n, a, col, dx_sn, dx_sr, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if dgate_ptr is not None:
+        to, keep = _channels(n, block, A, B, N, PLANES, ROWS, COLS)
+        tl.store(dgate_ptr + to, tl.sum(dgate, 1 if PLANES else 0).to(dgate_ptr.dtype.element_ty), mask=keep)
+        if count_ptr is not None:
+            tl.store(count_ptr + to, tl.sum(count, 1 if PLANES else 0).to(count_ptr.dtype.element_ty), mask=keep)
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.contiguous()
+
+
+def _part(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, many: int) -> tuple[Tensor, Tensor]:
+    """A sum, and what a launch writes: the sum itself, or its parts."""
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    return out, out if many == 1 else out.new_empty((many, *shape), dtype=accumulator(x.dtype))
+
+
+def _merge(part: Tensor | None, out: Tensor | None) -> None:
+    from .scale_triton import merge_sums  # which imports this file
+
+    if part is not None and out is not None and part is not out:
+        merge_sums(part, out)
+
+
+def scale(
+    x: Tensor, gate: Tensor | None, residual: Tensor | None, pixel: Tensor | None, act: str, slope: float, merge: str,
+    add: Tensor | None = None, weight: Tensor | None = None, plane: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = act(x·f + residual + add + weight·plane): add (N, C), weight (C,), plane (N, *S)."""
+    y = torch.empty_like(x)
+    w = walk(x, residual, y)
+    blocks = triton.cdiv(w.a, w.meta["ROWS"]) * triton.cdiv(w.b + w.meta["V"] - 1 if w.planes else w.b, w.meta["COLS"])
+    tile.launch(
+        _pixel_scale_kernel, (w.n * blocks,), x, x, _dense(gate), _dense(pixel), residual,
+        _dense(add), _dense(weight), _dense(plane), y, w.a, w.b, *w.strides,
+        MERGE=merge, ACT=act, SLOPE=slope, **w.meta,
+    )  # fmt: skip
+    return y
+
+
+def sums(
+    x: Tensor, dy: Tensor, aux: Tensor | None, gate: Tensor | None, pixel: Tensor | None, top: Tensor | None,
+    act: str, slope: float, merge: str, e: Tensor | None, dx: Tensor | None,
+    channel: torch.dtype | None, plane: torch.dtype | None, ones: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Fills e and dx; dgate and dpixel in the dtypes given, empty for None; how many channels are top, or empty.
+
+    ones: x is 1 everywhere, and not read
+    """
+    w = walk(x, dy, aux, e, dx)
+    none = x.new_empty(0)
+    acc, shape = accumulator(x.dtype), (x.shape[0], *x.shape[2:])
+    dgate, dgate_part = (none, None) if channel is None else _part(x, tuple(x.shape[:2]), channel, w.splits)
+    dpixel, dpixel_part = (none, None) if plane is None else _part(x, shape, plane, w.blocks)
+    shared, shared_part = (x.new_empty(0, dtype=acc), None) if top is None else _part(x, shape, acc, w.blocks)
+    tile.launch(
+        _pixel_sums_kernel, (w.n * w.blocks, w.splits), x, None if ones else x, dy, aux,
+        _dense(gate), _dense(pixel), _dense(top),
+        dgate_part, dpixel_part, shared_part, e, dx, w.a, w.b, w.steps, w.blocks, w.n, *w.strides,
+        MERGE=merge, ACT=act, SLOPE=slope, OUTPUT=aux is not None and act in FROM_OUTPUT, **w.meta,
+    )  # fmt: skip
+    for part, out in ((dgate_part, dgate), (dpixel_part, dpixel), (shared_part, shared)):
+        _merge(part, out)
+    return dgate, dpixel, shared
+
+
+def apply(
+    x: Tensor, e: Tensor | None, gate: Tensor | None, pixel: Tensor | None, mean: Tensor | None, most: Tensor | None,
+    top: Tensor | None, place: Tensor | None, dmean: Tensor | None, dmax: Tensor | None, maxima: Tensor | None,
+    index: Tensor | None, act: str, slope: float, absolute: bool, dx: Tensor | None,
+    channel: torch.dtype | None, reads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fills dx; dgate in the dtype given and the count of maxima beside it, empty where they aren't wanted."""
+    read = x if reads else None
+    w = walk(x if dx is None else dx, read, e)
+    strides = [*w.strides[2:], *(w.strides[:2] if dx is not None else (0, 0))]
+    acc = accumulator(x.dtype)
+    none, counted = x.new_empty(0), x.new_empty(0, dtype=acc)
+    dgate, dgate_part, count_part = none, None, None
+    if channel is not None:
+        dgate, dgate_part = _part(x, tuple(x.shape[:2]), channel, w.splits)
+        if maxima is not None:
+            counted, count_part = _part(x, tuple(x.shape[:2]), acc, w.splits)
+    tile.launch(
+        _pixel_apply_kernel, (w.n * w.blocks, w.splits), x, read, e, _dense(gate), _dense(pixel), _dense(mean),
+        _dense(most), _dense(top), _dense(place), _dense(dmean), _dense(dmax), _dense(maxima), _dense(index),
+        dgate_part, count_part, dx, w.a, w.b, w.steps, w.blocks, w.n, *strides,
+        ABS=absolute, ACT=act, SLOPE=slope, **w.meta,
+    )  # fmt: skip
+    _merge(dgate_part, dgate)
+    _merge(count_part, counted)
+    return dgate, counted
