@@ -386,68 +386,6 @@ inline constexpr const char* dual_scale_apply_spelled_schema =
     "dual_scale_apply_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str channel, str ties) -> Tensor";
 inline constexpr const char* dual_scale_apply_options_schema = "dual_scale_apply_options(int mask, str act, float slope, str pool, str channel, str ties) -> int";
 
-struct merge_scale_reduce_options {
-  int64_t mask;
-  std::string merge;
-};
-inline int64_t merge_scale_reduce_register(int64_t mask, const std::string& merge) {
-  return Table<merge_scale_reduce_options>::add({mask, merge});
-}
-std::tuple<Tensor, Tensor> merge_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const Tensor& pixel, const std::string& merge);
-inline std::tuple<Tensor, Tensor> merge_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const merge_scale_reduce_options& o = Table<merge_scale_reduce_options>::at(options);
-  return merge_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.merge);
-}
-inline constexpr const char* merge_scale_reduce_schema =
-    "merge_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor> merge_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
-  return merge_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), merge);
-}
-inline constexpr const char* merge_scale_reduce_spelled_schema =
-    "merge_scale_reduce_spelled(Tensor[] tensors, int mask, str merge) -> (Tensor, Tensor)";
-inline constexpr const char* merge_scale_reduce_options_schema = "merge_scale_reduce_options(int mask, str merge) -> int";
-
-struct merge_scale_apply_options {
-  int64_t mask;
-  std::string merge;
-};
-inline int64_t merge_scale_apply_register(int64_t mask, const std::string& merge) {
-  return Table<merge_scale_apply_options>::add({mask, merge});
-}
-Tensor merge_scale_apply_cpu(const Tensor& dy, const std::optional<Tensor>& other, const Tensor& gate, const Tensor& pixel, const Tensor& dmean, const std::optional<Tensor>& weight, const std::optional<Tensor>& dplane, const std::string& merge);
-inline Tensor merge_scale_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const merge_scale_apply_options& o = Table<merge_scale_apply_options>::at(options);
-  return merge_scale_apply_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), o.merge);
-}
-inline constexpr const char* merge_scale_apply_schema =
-    "merge_scale_apply(Tensor[] tensors, int options) -> Tensor";
-inline Tensor merge_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
-  return merge_scale_apply_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), merge);
-}
-inline constexpr const char* merge_scale_apply_spelled_schema =
-    "merge_scale_apply_spelled(Tensor[] tensors, int mask, str merge) -> Tensor";
-inline constexpr const char* merge_scale_apply_options_schema = "merge_scale_apply_options(int mask, str merge) -> int";
-
-struct project_options {
-  int64_t mask;
-};
-inline int64_t project_register(int64_t mask) {
-  return Table<project_options>::add({mask});
-}
-std::tuple<Tensor, Tensor> project_cpu(const Tensor& x, const Tensor& gate, const Tensor& pixel);
-inline std::tuple<Tensor, Tensor> project_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const project_options& o = Table<project_options>::at(options);
-  return project_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2));
-}
-inline constexpr const char* project_schema =
-    "project(Tensor[] tensors, int options) -> (Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor> project_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
-  return project_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2));
-}
-inline constexpr const char* project_spelled_schema =
-    "project_spelled(Tensor[] tensors, int mask) -> (Tensor, Tensor)";
-inline constexpr const char* project_options_schema = "project_options(int mask) -> int";
-
 struct shared_mlp_options {
   int64_t mask;
   std::string act;
@@ -664,6 +602,68 @@ inline std::tuple<Tensor, Tensor> map_scale_bwd_spelled_call(const std::vector<T
 inline constexpr const char* map_scale_bwd_spelled_schema =
     "map_scale_bwd_spelled(Tensor[] tensors, int mask, str norm, float eps, float correction) -> (Tensor, Tensor)";
 inline constexpr const char* map_scale_bwd_options_schema = "map_scale_bwd_options(int mask, str norm, float eps, float correction) -> int";
+
+struct merge_scale_reduce_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t merge_scale_reduce_register(int64_t mask, const std::string& merge) {
+  return Table<merge_scale_reduce_options>::add({mask, merge});
+}
+std::tuple<Tensor, Tensor> merge_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const Tensor& pixel, const std::string& merge);
+inline std::tuple<Tensor, Tensor> merge_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const merge_scale_reduce_options& o = Table<merge_scale_reduce_options>::at(options);
+  return merge_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), o.merge);
+}
+inline constexpr const char* merge_scale_reduce_schema =
+    "merge_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> merge_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return merge_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), merge);
+}
+inline constexpr const char* merge_scale_reduce_spelled_schema =
+    "merge_scale_reduce_spelled(Tensor[] tensors, int mask, str merge) -> (Tensor, Tensor)";
+inline constexpr const char* merge_scale_reduce_options_schema = "merge_scale_reduce_options(int mask, str merge) -> int";
+
+struct merge_scale_apply_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t merge_scale_apply_register(int64_t mask, const std::string& merge) {
+  return Table<merge_scale_apply_options>::add({mask, merge});
+}
+Tensor merge_scale_apply_cpu(const Tensor& dy, const std::optional<Tensor>& other, const Tensor& gate, const Tensor& pixel, const Tensor& dmean, const std::optional<Tensor>& weight, const std::optional<Tensor>& dplane, const std::string& merge);
+inline Tensor merge_scale_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const merge_scale_apply_options& o = Table<merge_scale_apply_options>::at(options);
+  return merge_scale_apply_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), o.merge);
+}
+inline constexpr const char* merge_scale_apply_schema =
+    "merge_scale_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor merge_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return merge_scale_apply_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), merge);
+}
+inline constexpr const char* merge_scale_apply_spelled_schema =
+    "merge_scale_apply_spelled(Tensor[] tensors, int mask, str merge) -> Tensor";
+inline constexpr const char* merge_scale_apply_options_schema = "merge_scale_apply_options(int mask, str merge) -> int";
+
+struct project_options {
+  int64_t mask;
+};
+inline int64_t project_register(int64_t mask) {
+  return Table<project_options>::add({mask});
+}
+std::tuple<Tensor, Tensor> project_cpu(const Tensor& x, const Tensor& gate, const Tensor& pixel);
+inline std::tuple<Tensor, Tensor> project_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const project_options& o = Table<project_options>::at(options);
+  return project_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2));
+}
+inline constexpr const char* project_schema =
+    "project(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> project_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
+  return project_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2));
+}
+inline constexpr const char* project_spelled_schema =
+    "project_spelled(Tensor[] tensors, int mask) -> (Tensor, Tensor)";
+inline constexpr const char* project_options_schema = "project_options(int mask) -> int";
 
 struct pool_conv_scale_options {
   int64_t mask;

@@ -20,7 +20,8 @@ from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, regist
 from ..registry import Block, case
 from . import norms
 from .deep import DeepPlan
-from .squeeze_excite import _dense, _norm
+from .excite_plan import dense
+from .norms import norm_of
 
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
 _CV = "pytorchcv.models."
@@ -43,11 +44,11 @@ class BamPlan(DeepPlan):
         acts = tuple(a for a in activations.ACTS if a != "prelu")
         self.hidden = []
         for fc, norm, act in hidden:
-            weights = _dense(self, fc, self.skip(module, fc))
+            weights = dense(self, fc, self.skip(module, fc))
             self.hidden.append(
-                (weights, _norm(norm, self.skip(module, norm)), activation(self, act, self.skip(module, act), acts))
+                (weights, norm_of(norm, self.skip(module, norm)), activation(self, act, self.skip(module, act), acts))
             )
-        self.last, self.spatial, self.merge = _dense(self, last, self.skip(module, last)), spatial, merge
+        self.last, self.spatial, self.merge = dense(self, last, self.skip(module, last)), spatial, merge
 
     def run_on(self, module: nn.Module, x: Tensor) -> Tensor:
         """The forward of `module`, whose plan this is."""

@@ -29,7 +29,7 @@ from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, path, 
 from ..registry import Block, case
 from . import norms
 from .deep import DeepPlan
-from .excite_plan import _dense
+from .excite_plan import dense
 from .squeeze_excite import _activation
 from .tails import Tail
 from .tails import _rule as tail_rule
@@ -92,8 +92,8 @@ class CbamPlan(DeepPlan):
         self.parts, self.kinds = parts, kinds
         for name, where in parts.idle:
             self.pooling(module, name, where)
-        self.first = _dense(self, parts.fc1, self.skip(module, parts.fc1))
-        self.second = _dense(self, parts.fc2, self.skip(module, parts.fc2))
+        self.first = dense(self, parts.fc1, self.skip(module, parts.fc1))
+        self.second = dense(self, parts.fc2, self.skip(module, parts.fc2))
         if self.first["weight"].shape[1] != self.second["weight"].shape[0]:
             raise Refused("the MLP doesn't return as many channels as it takes")
         acts = tuple(a for a in activations.ACTS if a != "prelu")

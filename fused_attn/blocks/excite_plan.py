@@ -9,11 +9,11 @@ that a forward applies itself is `Given`.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..ops import activations, pool_mlp_scale, pool_scale, shared_mlp
 from ..plan import Plan, Refused, activation, fingerprint, path, tampered, vars_of
+from .norms import keep, norm_of, norm_state
 
 
 class Given(NamedTuple):
@@ -78,8 +78,8 @@ class ExcitePlan(Plan):
         for name in idle:
             if path(type(children[name])) != _IDENTITY:
                 raise Refused(f"{name} is {children[name]!r}, where nothing is expected")
-        self.first = _dense(self, fc1, children[fc1])
-        self.second = _dense(self, fc2, children[fc2]) if fc2 else None
+        self.first = dense(self, fc1, children[fc1])
+        self.second = dense(self, fc2, children[fc2]) if fc2 else None
         channels = self.first["weight"].shape[1]
         outputs = (self.second or self.first)["weight"].shape[0]
         if outputs != channels or (self.second and self.second["weight"].shape[1] != self.first["weight"].shape[0]):
@@ -95,7 +95,7 @@ class ExcitePlan(Plan):
             self.gate, _ = activation(self, gate, children[gate], activations.GATES)
         self.act_place = self.weights(act, children[act]) if isinstance(act, str) and self.act == "prelu" else None
         self.gate_place = self.weights(gate, children[gate]) if isinstance(gate, str) and self.gate == "prelu" else None
-        self.norm = _norm(norm, children[norm]) if norm else None
+        self.norm = norm_of(norm, children[norm]) if norm else None
         self.max_weight = 0.5 if maxpool and vars(module)[maxpool] else 0.0
         self.offset = offset
         self.simple = (
@@ -148,7 +148,7 @@ class ExcitePlan(Plan):
             )  # fmt: skip
         if self.offset:
             return pool_scale(x, self.excite, *self.tensors(), residual=residual, act=epilogue, slope=epilogue_slope)
-        norm, state, eps = _OPEN if self.norm is None else _norm_state(self.norm)
+        norm, state, eps = _OPEN if self.norm is None else norm_state(self.norm)
         out = pool_mlp_scale(
             x, first["weight"], first["bias"], *((second["weight"], second["bias"]) if second else (None, None)),
             *state, self.act_place and self.act_place["weight"], self.gate_place and self.gate_place["weight"],
@@ -157,7 +157,7 @@ class ExcitePlan(Plan):
         if norm != "batch":
             return out
         y, statistics = out
-        _keep(self.norm, statistics, x.shape[0])  # type: ignore[arg-type]
+        keep(self.norm, statistics, x.shape[0])  # type: ignore[arg-type]
         return y
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -184,7 +184,7 @@ def _mean(plan: Plan, name: str, child: nn.Module | None) -> int:
     return dims
 
 
-def _dense(plan: Plan, name: str, child: nn.Module | None) -> dict[str, Any]:
+def dense(plan: Plan, name: str, child: nn.Module | None) -> dict[str, Any]:
     """Where a dense layer keeps its weights. Raises Refused for any other layer."""
     where = path(type(child))
     if where not in _DENSE and (child is None or fingerprint(type(child).forward) != _SAME.get(where)):
@@ -202,43 +202,3 @@ def _dense(plan: Plan, name: str, child: nn.Module | None) -> dict[str, Any]:
             raise Refused(f"{name} pads by {padder!r}")
         plan.fixed += ((options["_modules"], "static_padding", padder),)
     return plan.weights(name, child)
-
-
-def _norm(name: str, child: nn.Module | None) -> dict[str, Any] | None:
-    """The attributes of a BatchNorm, None where there is no norm. Raises Refused for any other."""
-    if path(type(child)) == _IDENTITY:
-        return None
-    if path(type(child)) not in _NORMS:
-        raise Refused(f"{name} is a {path(type(child))}, not a BatchNorm")
-    return vars_of(child)
-
-
-def _norm_state(norm: dict[str, Any]) -> tuple[str, tuple[Tensor | None, ...], float]:
-    """Which statistics a BatchNorm uses now, and its tensors as the op takes them."""
-    parameters, buffers = norm["_parameters"], norm["_buffers"]
-    affine = parameters["weight"], parameters["bias"]
-    mean, var = buffers["running_mean"], buffers["running_var"]
-    if norm["training"] or (mean is None and var is None):
-        return "batch", (*affine, None, None), norm["eps"]
-    return "running", (*affine, mean, var), norm["eps"]
-
-
-@torch.no_grad()
-def _keep(norm: dict[str, Any], statistics: Tensor, n: int) -> None:
-    """Updates running statistics as BatchNorm does: the variance kept is the unbiased one of n descriptors."""
-    buffers = norm["_buffers"]
-    mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    if not (norm["training"] and norm["track_running_stats"]) or mean is None:
-        return
-    momentum: Any = norm["momentum"]
-    if count is not None:
-        count.add_(1)
-        if momentum is None:
-            momentum = 1.0 / count.to(mean.dtype)
-    if momentum is None:
-        momentum = 0.0
-    if n == 0:  # there is nothing to remember, but the batch counts
-        return
-    batch = statistics.detach().to(mean.dtype)
-    mean.mul_(1 - momentum).add_(batch[0] * momentum)
-    var.mul_(1 - momentum).add_(batch[1] * (momentum * (n / (n - 1))))

@@ -35,7 +35,7 @@ def state(norm: dict[str, Any]) -> tuple[Tensor | None, ...]:
 
 
 def norm_state(norm: dict[str, Any] | None) -> tuple[str, tuple[Tensor | None, ...], float]:
-    """Which statistics a BatchNorm uses now, its weight, bias, mean and variance as `shared_mlp` takes them, and eps."""
+    """Which statistics a BatchNorm uses, its weight, bias, mean and variance as `shared_mlp` takes them, and eps."""
     if norm is None:
         return "none", (None,) * 4, 1e-5
     return "batch" if uses_batch(norm) else "running", state(norm), norm["eps"]

@@ -17,7 +17,8 @@ from ..ops import activations, scse_scale
 from ..plan import Plan, Planned, Refused, Rule, activation, ready, register, renew
 from ..registry import Block, case
 from .deep import DeepPlan
-from .squeeze_excite import _activation, _dense
+from .excite_plan import dense
+from .squeeze_excite import _activation
 
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
 
@@ -33,9 +34,9 @@ class ScsePlan(DeepPlan):
             if len(module.get_submodule(name)) != size:  # type: ignore[arg-type]
                 raise Refused(f"{name} has other layers")
         self.pooling(module, "cSE.0", "torch.nn.modules.pooling.AdaptiveAvgPool2d")
-        self.first = _dense(self, "cSE.1", self.skip(module, "cSE.1"))
-        self.second = _dense(self, "cSE.3", self.skip(module, "cSE.3"))
-        self.projection = _dense(self, "sSE.0", self.skip(module, "sSE.0"))
+        self.first = dense(self, "cSE.1", self.skip(module, "cSE.1"))
+        self.second = dense(self, "cSE.3", self.skip(module, "cSE.3"))
+        self.projection = dense(self, "sSE.0", self.skip(module, "sSE.0"))
         if self.projection["weight"].shape[0] != 1:
             raise Refused("sSE.0 has more than one output")
         acts = tuple(a for a in activations.ACTS if a != "prelu")
