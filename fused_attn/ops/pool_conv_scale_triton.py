@@ -136,7 +136,7 @@ def pool_conv_scale(
         weight.shape[1], K=weight.shape[2], CIRCULAR=circular, ACT=act if w1 is not None else "identity", SLOPE=slope,
         GATE=gate, ACC=tile.ACC.get(x.dtype, tl.float32), BLOCK=_BLOCK, num_warps=1,
     )  # fmt: skip
-    return scale(x, g, residual, epilogue, epilogue_slope), saved
+    return scale(x, g, residual, None, epilogue, epilogue_slope, "product"), saved
 
 
 def pool_conv_scale_bwd(
