@@ -295,7 +295,8 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     }
     if options.library and options.out.exists():
         old = json.loads(options.out.read_text())
-        content["libraries"] = old["libraries"] | content["libraries"]
+        every = old["libraries"] | content["libraries"]
+        content["libraries"] = {name: every[name] for name in LIBRARIES if name in every}
         content["rows"] += [row for row in old["rows"] if row["library"] not in libraries]
         content["rows"].sort(key=lambda row: (row["library"], row["part"], row["mechanism"], row["cls"]))
     write_json(options.out, content)
