@@ -1,0 +1,394 @@
+"""`python -m bench blocks`: every mechanism against what its users run, at the shapes of ResNet-50.
+
+eager        the third-party module (timm, pytorchcv); where no package has the mechanism, its published equations
+             (published.py). SK, split attention and PSA without their convolutions, which are the same for both
+inductor     torch.compile of that, and on a CPU once more with layout_optimization=False
+fused        the same weights after `fuse_`, or in the library's block
+clone        x.clone(): one read and one write of the feature map
+
+forward runs in evaluation and inference mode; forward+backward in training, with gradients of x and every parameter.
+"""
+
+import argparse
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fused_attn
+from fused_attn import backend, plan
+
+from . import measure, published
+from .measure import Row, Timing
+from .ops import DTYPES, INDUCTORS, LAYOUTS, Floor, Subject, compiled, summary
+from .support import importable, progress, table, write_json
+
+MODES = ("forward", "forward+backward")
+SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # C and H = W of the stages of ResNet-50
+
+
+class Pair(NamedTuple):
+    """The same mechanism twice: as its users have it, and fused. Each takes the tensors of `inputs`."""
+
+    eager: Callable[..., Any]
+    fused: Callable[..., Any]
+    source: str
+
+
+def _converted(module: nn.Module) -> Pair:
+    """A third-party module, and a copy after `fuse_`. Raises RuntimeError where it isn't converted."""
+    fused = copy.deepcopy(module)
+    fused_attn.fuse_(fused, strict=True)
+    if not isinstance(fused, plan.Planned):
+        raise RuntimeError(f"fuse_ left {type(module).__name__} as it was")
+    return Pair(module, fused, f"{type(module).__module__}.{type(module).__name__}")
+
+
+def _loaded(module: nn.Module, block: nn.Module) -> Pair:
+    """Published equations, and the library's block with their weights."""
+    block.load_state_dict(module.state_dict())
+    return Pair(module, block, "published equations")
+
+
+class _Pick(nn.Module):
+    """Stands for a convolution: the i-th of the branches that are given."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__()
+        self.i = i
+
+    def forward(self, branches: tuple[Tensor, ...]) -> Tensor:
+        return branches[self.i]
+
+
+class _Together(nn.Module):
+    """Hands several tensors to a module as one argument."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *branches: Tensor) -> Any:
+        return self.module(branches)
+
+
+class _Behind(nn.Module):
+    """The part of a block behind its convolutions: branches to what its plan makes of them."""
+
+    def __init__(self, block: nn.Module, **how: Any) -> None:
+        super().__init__()
+        self.block, self.how = block, how
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        found: Any = plan.ready(self.block)
+        return found.softmax(branches, **self.how)  # type: ignore[no-any-return]
+
+
+def _sk(c: int) -> Pair:
+    from timm.layers import SelectiveKernel
+
+    module = SelectiveKernel(c, c, split_input=False)
+    module.paths = nn.ModuleList([_Pick(0), _Pick(1)])
+    pair = _converted(module)
+    return pair._replace(eager=_Together(module), fused=_Together(pair.fused))  # type: ignore[arg-type]
+
+
+def _split(c: int) -> Pair:
+    from timm.layers import SplitAttn
+
+    module = SplitAttn(c, norm_layer=nn.BatchNorm2d)
+    module.conv, module.bn0, module.act0 = nn.Identity(), nn.Identity(), nn.Identity()
+    return _converted(module)
+
+
+def _psa(c: int) -> Pair:
+    module = published.PyramidSqueeze(c)
+    block = fused_attn.PyramidSqueezeAttention(c, c)
+    block.se.load_state_dict(module.state_dict())
+    return Pair(module, _Behind(block, each=True, merge="concat_reversed"), "published equations")
+
+
+def _timm(name: str, **options: Any) -> Callable[[int], Pair]:
+    def make(c: int) -> Pair:
+        import timm.layers
+
+        return _converted(getattr(timm.layers, name)(c, **options))
+
+    return make
+
+
+def _pytorchcv(where: str, name: str) -> Callable[[int], Pair]:
+    def make(c: int) -> Pair:
+        import importlib
+
+        return _converted(getattr(importlib.import_module(f"pytorchcv.models.{where}"), name)(channels=c))
+
+    return make
+
+
+def _function(eager: Callable[..., Any], fused: Callable[..., Any]) -> Callable[[int], Pair]:
+    return lambda c: Pair(eager, fused, "published equations")
+
+
+def _one(n: int, c: int, s: int) -> list[tuple[int, ...]]:
+    return [(n, c, s, s)]
+
+
+def _two(n: int, c: int, s: int) -> list[tuple[int, ...]]:
+    return [(n, c, s, s)] * 2
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One mechanism of the table. make: channels -> Pair; inputs: (n, c, s) -> shapes; needs: the package it takes."""
+
+    name: str
+    make: Callable[[int], Pair]
+    inputs: Callable[[int, int, int], list[tuple[int, ...]]] = _one
+    needs: str | None = None
+
+
+_ops = fused_attn.ops
+CONTESTS = {
+    c.name: c
+    for c in (
+        Contest("SE (timm)", _timm("SEModule"), needs="timm"),
+        Contest("ECA (timm)", _timm("EcaModule"), needs="timm"),
+        Contest("CBAM (timm)", _timm("CbamModule"), needs="timm"),
+        Contest("CBAM (pytorchcv)", _pytorchcv("cbamresnet", "CbamBlock"), needs="pytorchcv"),
+        Contest("BAM (pytorchcv)", _pytorchcv("bamresnet", "BamBlock"), needs="pytorchcv"),
+        Contest(
+            "BAM merge",
+            _function(
+                published.product_merge, lambda x, a, b: _ops.scale(x, a, pixel=b[:, 0], merge="sigmoid_product")
+            ),
+            lambda n, c, s: [(n, c, s, s), (n, c), (n, 1, s, s)],
+        ),
+        Contest("SK (timm)", _sk, _two, "timm"),
+        Contest("split attention (timm)", _split, lambda n, c, s: [(n, 2 * c, s, s)], "timm"),
+        Contest("PSA", _psa, lambda n, c, s: [(n, c // 4, s, s)] * 4),
+        Contest("DRSN", lambda c: _loaded(published.SoftThreshold(c), fused_attn.Shrinkage(c))),
+        Contest("Shuffle Attention", lambda c: _loaded(published.Shuffle(c), fused_attn.ShuffleAttention(c))),
+        Contest("SGE", lambda c: _loaded(published.GroupEnhance(), fused_attn.SpatialGroupEnhance())),
+        Contest("f1", _function(published.sigmoid_scale, lambda z, t: _ops.map_scale(t, z)), _two),
+        Contest("f2", _function(published.channel_norm_scale, lambda z, t: _ops.map_scale(t, z, "channels")), _two),
+        Contest("f3", _function(published.spatial_norm_scale, lambda z, t: _ops.map_scale(t, z, "positions")), _two),
+    )
+}
+
+# At (8, 512, 28, 28), float32, against eager: forward, forward+backward. Targets are half as much again.
+AT = (8, 512, 28)
+FLOORS = {
+    ("CBAM (timm)", "nchw"): (2.3, 2.3),
+    ("CBAM (pytorchcv)", "nchw"): (5.0, 3.0),
+    ("SK (timm)", "nchw"): (2.5, 1.8),
+    ("SK (timm)", "channels_last"): (6.0, None),
+    ("PSA", "nchw"): (1.7, 1.7),
+    ("DRSN", "nchw"): (3.5, 5.0),
+    ("BAM merge", "nchw"): (2.5, 2.0),
+    ("split attention (timm)", "nchw"): (1.8, 1.5),
+    ("Shuffle Attention", "nchw"): (2.2, 2.2),
+    ("SGE", "nchw"): (2.2, 2.2),
+    ("f2", "nchw"): (2.2, 2.2),
+    ("f3", "nchw"): (2.2, 2.2),
+}
+
+
+@dataclass
+class Job:
+    """One row of the table: a mechanism at one shape, in one dtype, layout and mode."""
+
+    contest: Contest
+    n: int
+    c: int
+    s: int
+    dtype: str
+    layout: str
+    mode: str
+    device: str
+    baselines: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.n}x{self.c}x{self.s}x{self.s}"
+
+    def _draw(self, seed: int) -> list[Tensor]:
+        draw = torch.Generator(self.device).manual_seed(seed)
+        found = []
+        for shape in self.contest.inputs(self.n, self.c, self.s):
+            t = torch.randn(shape, generator=draw, device=self.device, dtype=torch.float32).to(DTYPES[self.dtype])
+            if self.layout == "channels_last" and t.dim() == 4:
+                t = t.to(memory_format=torch.channels_last)
+            found.append(t.requires_grad_())
+        return found
+
+    def run(self, seconds: float, number: int) -> list[Row]:
+        """Times all of it, interleaved."""
+        base = Row(
+            self.contest.name, self.label, self.mode, self.dtype, self.layout, self.device, "fused", "", "", run=number
+        )
+        if self.contest.needs and not importable(self.contest.needs):
+            return [replace(base, error=f"{self.contest.needs} is not installed")]
+        torch.manual_seed(0)
+        try:
+            pair = self.contest.make(self.c)
+        except Exception as error:
+            return [replace(base, error=f"{type(error).__name__}: {error}")]
+        for function in pair[:2]:
+            if isinstance(function, nn.Module):
+                function.to(self.device, DTYPES[self.dtype]).train(self.mode != "forward")
+        first = self._draw(0)
+        count = measure.sets_of_buffers(self.device, sum(t.nbytes for t in first))
+        sets = [first, *(self._draw(i) for i in range(1, count))]
+        args = [tuple(each) for each in sets]
+        weights = lambda f: list(f.parameters()) if isinstance(f, nn.Module) else []
+        # What a layer doesn't use in this call (convolutions that were taken out) has no gradient, and wants none.
+        used = lambda f: [p for p in weights(f) if not getattr(p, "_unused", False)]
+        subject = lambda name, f, source: Subject(name, source, f, args, [[*each, *used(f)] for each in sets])
+        with torch.enable_grad():
+            for function in pair[:2]:
+                y = function(*first)
+                ours = weights(function)
+                if ours:
+                    found = torch.autograd.grad(y.sum(), ours, allow_unused=True)
+                    for p, g in zip(ours, found, strict=True):
+                        p._unused = g is None
+        subjects = [subject("fused", pair.fused, "fused")]
+        if "eager" in self.baselines:
+            subjects.append(subject("eager", pair.eager, pair.source))
+        if "inductor" in self.baselines:
+            eager = subject("inductor", pair.eager, pair.source)
+            subjects.append(replace(eager, function=compiled(pair.eager)))
+            if self.device == "cpu":
+                plain = compiled(pair.eager, layout_optimization=False)
+                subjects.append(replace(eager, name="inductor, no layout", function=plain))
+        upstream = [torch.randn_like(y) for _ in sets]
+        clones = [(torch.randn_like(y),) for _ in sets]
+        subjects.append(Subject("clone", "x.clone()", lambda x: x.clone(), clones, [[x] for (x,) in clones]))
+        seen = dict[str, None]()
+        with backend.observe(lambda choice: seen.setdefault(choice.backend)), torch.no_grad():
+            pair.fused(*first)
+        candidates = [s.candidate("forward" if s.name == "clone" else self.mode, upstream) for s in subjects]
+        timings = measure.interleave(candidates, seconds, self.device)
+        clone, rows = timings["clone"], []
+        for s in subjects:
+            timing = timings[s.name]
+            row = replace(base, impl=s.name, source=s.source, backend="+".join(seen) if s.name == "fused" else "")
+            if isinstance(timing, str):
+                rows.append(replace(row, error=timing))
+                continue
+            of = round(timing.median_us / clone.median_us, 3) if isinstance(clone, Timing) else None
+            rows.append(replace(row, **vars(timing), of_clone=of))
+        return rows
+
+
+def floors(rows: Sequence[Row]) -> list[Floor]:
+    """The floors, from the rows of one or more runs: the best counts."""
+    label = f"{AT[0]}x{AT[1]}x{AT[2]}x{AT[2]}"
+    times: dict[tuple[str, str, str, int], dict[str, float]] = {}
+    for r in rows:
+        if r.case == label and r.dtype == "float32" and r.median_us is not None:
+            times.setdefault((r.op, r.layout, r.mode, r.run), {})[r.impl] = r.median_us
+    found = []
+    for (name, layout), wanted in FLOORS.items():
+        for mode, floor in zip(MODES, wanted, strict=True):
+            groups = [t for (n, lay, m, _), t in times.items() if (n, lay, m) == (name, layout, mode) and "fused" in t]
+            over = [g["eager"] / g["fused"] for g in groups if "eager" in g]
+            rivals = [min(g[i] for i in INDUCTORS if i in g) / g["fused"] for g in groups if set(INDUCTORS) & set(g)]
+            where = f"{name}, {mode}" + (", channels_last" if layout != "nchw" else "")
+            per = "not measured" if not over else " ".join(f"{v:.2f}" for v in over)
+            if floor is not None:
+                found.append(Floor(where, floor, 1.5 * floor, max(over, default=None), per))
+            per = "not measured" if not rivals else " ".join(f"{v:.2f}" for v in rivals)
+            found.append(Floor(f"{where}: the better Inductor", 1.0, None, max(rivals, default=None), per))
+    return found
+
+
+def parser(add: Any) -> argparse.ArgumentParser:
+    """The options of `python -m bench blocks`."""
+    p: argparse.ArgumentParser = add("blocks", help="time every mechanism against what its users run")
+    several = lambda *names: {"nargs": "+", "choices": [*names, "all"], "metavar": "NAME"}
+    p.add_argument("--block", nargs="+", choices=list(CONTESTS), metavar="NAME", help=f"of {', '.join(CONTESTS)}")
+    p.add_argument("--shape", default="", help="only shapes whose label contains this, such as 512x28")
+    p.add_argument("--batch", nargs="+", type=int, default=[8], help="N (default: 8)")
+    p.add_argument("--mode", default=["all"], **several(*MODES), help=f"of {', '.join(MODES)} (default: all)")
+    p.add_argument("--dtype", default=["float32"], **several(*DTYPES), help=f"of {', '.join(DTYPES)}, or all")
+    p.add_argument("--layout", default=["nchw"], **several(*LAYOUTS), help=f"of {', '.join(LAYOUTS)}, or all")
+    p.add_argument("--baseline", nargs="*", default=["eager", "inductor"], choices=["eager", "inductor"])
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    p.add_argument("--seconds", type=float, default=2.0, help="time for one shape in one mode (default: 2)")
+    p.add_argument("--runs", type=int, help="how often to go through everything (default: 1, with --check-floors 3)")
+    p.add_argument("--check-floors", action="store_true", help="only what the floors ask, and their table")
+    p.add_argument("--out", type=Path, help="folder for the JSON; a folder named after the machine is made in it")
+    return p
+
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """What the options select."""
+    chosen = lambda given, every: list(every) if "all" in given else given
+    device = options.device or measure.default_device()
+    names = options.block or list(CONTESTS)
+    found = []
+    if options.check_floors:
+        for (name, layout), wanted in FLOORS.items():
+            for mode, floor in zip(MODES, wanted, strict=True):
+                if name in names and floor is not None:
+                    baselines = tuple(options.baseline)
+                    found.append(Job(CONTESTS[name], *AT, "float32", layout, mode, device, baselines))
+        return found
+    for name, n, (c, s), mode, dtype, layout in itertools.product(
+        names, options.batch, SHAPES, chosen(options.mode, MODES), chosen(options.dtype, DTYPES),
+        chosen(options.layout, LAYOUTS),
+    ):  # fmt: skip
+        job = Job(CONTESTS[name], n, c, s, dtype, layout, mode, device, tuple(options.baseline))
+        trains = mode == "forward+backward" and n == 1  # a BatchNorm of one descriptor per channel has no statistics
+        if options.shape in job.label and not (trains and name in ("SK (timm)", "split attention (timm)", "DRSN")):
+            found.append(job)
+    return found
+
+
+def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Runs `python -m bench blocks`."""
+    selected = jobs(options)
+    if not selected:
+        measure.log("nothing matches the selection")
+        return 2
+    device = selected[0].device
+    measure.prepare(device)
+    runs = options.runs or (3 if options.check_floors else 1)
+    result: dict[str, Any] = {
+        "schema": measure.SCHEMA,
+        "kind": "blocks",
+        "provenance": measure.provenance(device, measure.command_line("bench", arguments)),
+    }
+    rows: list[Row] = []
+    bar = progress(list(itertools.product(range(runs), selected)), "bench blocks")
+    for number, job in bar:
+        bar.set_postfix_str(f"{job.contest.name} {job.label} {job.mode}")
+        rows += job.run(options.seconds, number)
+        torch._dynamo.reset()
+    result["rows"] = [r.dict() for r in rows]
+    found = floors(rows) if options.check_floors else []
+    if found:
+        result["floors"] = [f._asdict() | {"met": f.met} for f in found]
+    if device == "cpu":
+        result["provenance"]["probe_after"] = measure.busy()
+    if options.out:
+        name = measure.slug(result["provenance"]["device_name"])
+        path = options.out / name / f"{'block-floors' if found else 'blocks'}-{measure.stamp()}.json"
+        write_json(path, result)
+        measure.log(f"wrote {path}")
+    print(summary(rows))
+    failed = [r for r in rows if r.error is not None]
+    for r in failed:
+        print(f"failed: {r.impl}, {r.op} {r.case} {r.mode} {r.dtype} {r.layout}: {r.error}")
+    if found:
+        show = lambda v: "–" if v is None else f"{v:.2f}"
+        lines = [[f.name, show(f.floor), show(f.target), show(f.measured), "met" if f.met else "MISSED"] for f in found]
+        print("\n" + table(["float32, 8x512x28x28, speed-up", "floor", "target", "measured", ""], lines))
+    return 0 if all(f.met for f in found) and not any(r.impl == "fused" for r in failed) else 1
