@@ -30,7 +30,7 @@ def channel(p, w):
 
 
 def planar(q, k):
-    return torch.sigmoid((q.to(k.dtype) * k[: q.shape[1]].view(1, -1, *(1,) * (q.dim() - 2))).sum(1)).to(q.dtype)
+    return torch.sigmoid((q.to(k.dtype) * k[: q.shape[1]].view(1, -1, *(1,) * (q.dim() - 2))).sum(1))
 
 
 def cascade(x, w, k, r, pools, ties, act):
@@ -71,6 +71,8 @@ def test_dual_scale(backend, pools, ties, residual, act):
         plain = testing.answer(formula, args, cotangents=got.cotangents)
         names = ["x", "w", "k", "residual"][: len(got.grads)]
         found = testing.deviations(got, true, plain, max(shape) * 8, names)
+        if residual and act == "silu":  # e is held in x's dtype between the passes: all gradients have its resolution
+            found = [d._replace(allowed=max(d.allowed, torch.finfo(dtype).eps)) for d in found]
         assert all(d.ok for d in found), f"{shape}, {dtype}, {layout}: " + "; ".join(str(d) for d in found if not d.ok)
 
 
