@@ -234,6 +234,8 @@ def enlarged(op, case):
     for name in op.maps:
         if isinstance(args.get(name), tuple):
             args[name] = (*args[name][:2], *size[len(args[name]) - 2])
+    if isinstance(args.get("pixel"), tuple):
+        args["pixel"] = (args["x"][0], *args["x"][2:])
     return make_case(**args)
 
 

@@ -16,7 +16,9 @@ from fused_attn.ops.spatial_pool import spatial_pool
 
 PASSES = ("dual_scale_reduce", "dual_scale_gate", "dual_scale_apply", "merge_scale_reduce", "merge_scale_apply",
           "project", "spatial_pool", "spatial_pool_bwd", "scale", "channel_pool")  # fmt: skip
-BACKENDS = [b for b in testing.candidates("cpu") if all(testing.missing(OPS[n], b) is None for n in PASSES)]
+# As a program this file loads the counting extension, and must not look for the usual one, which has the same names.
+CANDIDATES = testing.candidates("cpu") if __name__ != "__main__" else ()
+BACKENDS = [b for b in CANDIDATES if all(testing.missing(OPS[n], b) is None for n in PASSES)]
 
 
 def draw(*shape, seed=0, rounded=False):
@@ -30,7 +32,7 @@ def channel(p, w):
 
 
 def planar(q, k):
-    return torch.sigmoid((q.to(k.dtype) * k[: q.shape[1]].view(1, -1, *(1,) * (q.dim() - 2))).sum(1)).to(q.dtype)
+    return torch.sigmoid((q.to(k.dtype) * k[: q.shape[1]].view(1, -1, *(1,) * (q.dim() - 2))).sum(1))
 
 
 def cascade(x, w, k, r, pools, ties, act):
@@ -71,6 +73,8 @@ def test_dual_scale(backend, pools, ties, residual, act):
         plain = testing.answer(formula, args, cotangents=got.cotangents)
         names = ["x", "w", "k", "residual"][: len(got.grads)]
         found = testing.deviations(got, true, plain, max(shape) * 8, names)
+        if residual and act == "silu":  # e is held in x's dtype between the passes: all gradients have its resolution
+            found = [d._replace(allowed=max(d.allowed, torch.finfo(dtype).eps)) for d in found]
         assert all(d.ok for d in found), f"{shape}, {dtype}, {layout}: " + "; ".join(str(d) for d in found if not d.ok)
 
 

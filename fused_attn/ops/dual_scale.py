@@ -13,8 +13,9 @@ excites' gradients stand between three passes of backward, none of which writes 
     excite   dp = vjp of channel_excite
     apply    dx = gate·h + dp_mean/S + dp_max at the maxima over s                      reads e (x), writes dx
 
-The last needs x where ties are split, or where the activation has no residual before it. Checked in float64 against
-autograd for every pooling, tie rule and epilogue.
+With a residual and an activation e is written, in x's dtype: for half-precision x what it says of the gates has that
+resolution, unless the activation only cuts (relu). The last pass needs x where ties are split, or where the activation
+has no residual before it. Checked in float64 against autograd for every pooling, tie rule and epilogue.
 """
 
 from collections.abc import Callable, Sequence
