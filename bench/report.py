@@ -80,7 +80,7 @@ def _newest(results: Path) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
     for path in sorted(results.glob("*/*.json")):
         content = json.loads(path.read_text())
-        kind = "floors" if content.get("floors") else content["kind"]
+        kind = f"{content['kind']}-floors" if content.get("floors") else content["kind"]
         found[path.parent.name, kind] = content | {"path": f"{path.parent.name}/{path.name}"}
     return dict(sorted(found.items()))
 
@@ -101,8 +101,9 @@ def _floors(content: dict[str, Any]) -> str:
     lines = [
         [f["name"], show(f["measured"]), show(f["floor"]), show(f["target"]), f["detail"]] for f in content["floors"]
     ]
-    head = ["squeeze-and-excitation, float32 NCHW: speed-up", "measured", "floor", "target", "per shape"]
-    return _markdown(head, lines)
+    what = {"ops": ("squeeze-and-excitation, float32 NCHW", "per shape"), "blocks": ("8x512x28x28, float32", "per run")}
+    title, each = what[content["kind"]]
+    return _markdown([f"{title}: speed-up", "measured", "floor", "target", each], lines)
 
 
 def _op_rows(content: dict[str, Any]) -> str:
@@ -133,7 +134,7 @@ def _op_rows(content: dict[str, Any]) -> str:
         ])  # fmt: skip
     order = {mode: i for i, mode in enumerate(MODES)}
     lines.sort(key=lambda cells: (cells[0], cells[1], order[cells[2]]))
-    head = ["op", "x", "mode", "backend", "cases", "speed-up over eager", "over Inductor", "time ÷ `x.clone()`"]
+    head = ["what", "x", "mode", "backend", "cases", "speed-up over eager", "over Inductor", "time ÷ `x.clone()`"]
     return _markdown(head, lines)
 
 
@@ -151,8 +152,10 @@ def _correctness(content: dict[str, Any]) -> str:
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "floors": _floors,
+    "ops-floors": _floors,
     "ops": _op_rows,
+    "blocks-floors": _floors,
+    "blocks": _op_rows,
     "qualify-kernels": _op_rows,
     "qualify-correctness": _correctness,
 }

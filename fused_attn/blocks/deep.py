@@ -37,7 +37,7 @@ class DeepPlan(Plan):
         self.skipped += ((child, type(child), vars(child)),)
         children = vars(child)["_modules"]
         self.nested += ((children, tuple(children.values())),)
-        return child  # type: ignore[no-any-return]
+        return child
 
     def pooling(self, module: nn.Module, name: str, where: str) -> None:
         """A pooling layer of output size 1. Raises Refused for any other."""

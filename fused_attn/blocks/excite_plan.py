@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..ops import activations, pool_mlp_scale, pool_scale, shared_mlp
+from ..ops import activations
+from ..ops.pool_mlp_scale import pool_mlp_scale
+from ..ops.pool_scale import pool_scale
+from ..ops.shared_mlp import shared_mlp
 from ..plan import Plan, Refused, activation, fingerprint, path, tampered, vars_of
 from .norms import keep, norm_of, norm_state
 
@@ -35,7 +38,6 @@ _SAME = {
 _IDENTITY = "torch.nn.modules.linear.Identity"
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
 _MEANS = {f"torch.nn.modules.pooling.AdaptiveAvgPool{d}d": d for d in (1, 2, 3)}
-_NORMS = tuple(f"torch.nn.modules.batchnorm.BatchNorm{d}d" for d in (1, 2, 3))
 _OPEN = ("none", (None,) * 4, 1e-5)  # no norm
 
 

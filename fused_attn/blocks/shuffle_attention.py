@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import activations, plane_gate_shuffle
+from ..ops import activations
+from ..ops.plane_gate_shuffle import plane_gate_shuffle
 from ..ops.plane_gate_shuffle import shuffled
 from ..plan import Plan, Planned, Refused, path, ready, renew, usual
 from ..registry import Block, case
