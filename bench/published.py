@@ -1,5 +1,5 @@
-"""Mechanisms that no package on PyPI has, as their users run them: each paper's equations in plain PyTorch, step by step
-as the published modules take them. What the bench compares with; nothing of the library is in here.
+"""Mechanisms that no package on PyPI has, as their users run them: each paper's equations in plain PyTorch, step by
+step as the published modules take them. What the bench compares with; nothing of the library is in here.
 
 Parameters have the names of the library's blocks, so that `load_state_dict` makes both compute the same.
 """
@@ -24,22 +24,6 @@ class PyramidSqueeze(nn.Module):
         gates = [torch.sigmoid(self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(b, 1))))) for b in branches]
         weighted = feats * torch.softmax(torch.cat(gates, 1).view(n, 4, c, 1, 1), 1)
         return torch.cat([weighted[:, i] for i in reversed(range(4))], 1)
-
-
-class SelectiveMerge(nn.Module):
-    """SK behind its convolutions (arXiv:1903.06586): branches stacked and summed, descriptor, softmax over branches."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.fc_reduce = nn.Conv2d(channels, hidden, 1, bias=False)
-        self.bn = nn.BatchNorm2d(hidden)
-        self.fc_select = nn.Conv2d(hidden, 2 * channels, 1, bias=False)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        x = torch.stack([a, b], 1)
-        z = F.relu(self.bn(self.fc_reduce(x.sum(1).mean((2, 3), keepdim=True))))
-        gate = torch.softmax(self.fc_select(z).view(a.shape[0], 2, a.shape[1], 1, 1), 1)
-        return (x * gate).sum(1)
 
 
 class SoftThreshold(nn.Module):

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import activations
-from ..ops.plane_gate_shuffle import plane_gate_shuffle
-from ..ops.plane_gate_shuffle import shuffled
+from ..ops.plane_gate_shuffle import plane_gate_shuffle, shuffled
 from ..plan import Plan, Planned, Refused, path, ready, renew, usual
 from ..registry import Block, case
 
