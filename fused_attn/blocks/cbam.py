@@ -326,7 +326,7 @@ class CBAM(Planned):
             else:
                 self.SpatialGate = nn.ModuleDict({"spatial": nn.ModuleDict(inner), "gate": last})
         elif layout == "timm":
-            self.spatial = None
+            self.register_module("spatial", None)
         try:
             self._plan()
         except Refused as why:
@@ -335,7 +335,9 @@ class CBAM(Planned):
 
     def _plan(self) -> Plan:
         names, spatial = _NAMES[self.layout], not self.no_spatial
-        inner = {name: where for name, where in names.inner.items() if spatial or not name.lower().startswith("spatial")}
+        inner = {
+            name: where for name, where in names.inner.items() if spatial or not name.lower().startswith("spatial")
+        }
         parts = replace(
             names, inner=inner, gate=None if self.light else names.gate, conv=names.conv if spatial else None,
             light=self.light, flip=self.order == "max_mean", ties=self.ties,
@@ -364,7 +366,8 @@ class CBAM(Planned):
     def channel_gate(self, x: Tensor) -> Tensor:
         """The gate (N, C, 1, …), eq. 2, by plain PyTorch and the child modules."""
         flat = x.flatten(2)
-        gated, mlp = (self.channel, self._mlp) if self.layout == "timm" else (self.ChannelGate, self.ChannelGate["mlp"])
+        gated: Any = self.channel if self.layout == "timm" else self.ChannelGate
+        mlp = self._mlp if self.layout == "timm" else gated["mlp"]
         pools = {
             "avg": lambda: flat.mean(-1),
             "max": lambda: flat.amax(-1) if self.ties == "split" else flat.max(-1).values,
@@ -373,13 +376,14 @@ class CBAM(Planned):
         }
         pooled = [pools[kind]() for kind in self.pool_types]
         pooled = [0.5 * (pooled[0] + pooled[1])] if self.light else pooled
-        u = sum(mlp(p) for p in pooled)
+        u: Any = sum(mlp(p) for p in pooled)
         gate = torch.sigmoid(u) if self.light else gated["gate"](u)
         return gate.reshape(x.shape[:2] + (1,) * (x.dim() - 2))
 
     def _mlp(self, p: Tensor) -> Tensor:
         part: Any = self.channel
-        return part["fc2"](part["act"](part["fc1"](p[..., None, None])))  # type: ignore[no-any-return]
+        u: Tensor = part["fc2"](part["act"](part["fc1"](p[..., None, None])))
+        return u
 
     def spatial_gate(self, u: Tensor) -> Tensor:
         """The gate (N, 1, *S), eq. 3, by plain PyTorch and the child modules."""
@@ -391,7 +395,8 @@ class CBAM(Planned):
             q = torch.cat([mean, most] if self.order == "mean_max" else [most, mean], 1)
         outer: Any = self.spatial if self.layout == "timm" else self.SpatialGate
         inner = outer["conv" if self.layout == "timm" else "spatial"]
-        return outer["gate"](inner["bn"](inner["conv"](q)))  # type: ignore[no-any-return]
+        gate: Tensor = outer["gate"](inner["bn"](inner["conv"](q)))
+        return gate
 
 
 _TIMM = "timm.layers."
