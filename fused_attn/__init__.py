@@ -6,12 +6,17 @@ from types import ModuleType
 from . import log, ops
 from .backend import use_backend
 from .blocks import (
+    BAM,
+    CBAM,
     ECA,
     EffectiveSE,
     PyramidSqueezeAttention,
     ResidualAttention,
     SelectiveKernel,
     Shrinkage,
+    ShuffleAttention,
+    SpatialChannelSE,
+    SpatialGroupEnhance,
     SplitAttention,
     SqueezeExcite,
 )
