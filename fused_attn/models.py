@@ -227,7 +227,7 @@ _DRSN = Network(
     "Zhao et al., Deep Residual Shrinkage Networks for Fault Diagnosis, https://doi.org/10.1109/TII.2019.2943898",
     "the library's own; the structure is that of the authors' TFLearn code "
     "(https://github.com/zhao62/Deep-Residual-Shrinkage-Networks), with the stages of ResNet",
-    options={"threshold": "channel", "dims": 2, "rd_ratio": 0.25},
+    zero_bias=True, options={"threshold": "channel", "dims": 2, "rd_ratio": 0.25},
     about="""threshold: "channel" (DRSN-CW) | "shared" (DRSN-CS); dims: 1, 2 or 3 spatial dimensions
     rd_ratio: hidden width of a shrinkage over its channels: 1/4 in the authors' TFLearn code, 1 in the Keras code""",
 )  # fmt: skip
@@ -411,7 +411,8 @@ def _function(name: str) -> Callable[..., ResidualNetwork]:
     channels = _PLANES[-1] if network.where == "shrink" else 4 * _PLANES[-1]
     make.__doc__ = f"""{network.paper}
 
-    x: (N, in_chans, H, W), made for 224×224; returns logits (N, num_classes). The last map has {channels} channels.
+    x: (N, in_chans, {"*S" if "dims" in network.options else "H, W"}), made for 224×224; returns logits (N, num_classes).
+    The last map, of which they are computed, has {channels} channels.
     Names of the parameters: {network.names}.
 
     num_classes, in_chans: outputs, and channels of x
@@ -421,6 +422,7 @@ def _function(name: str) -> Callable[..., ResidualNetwork]:
 
     Raises TypeError for another option, ValueError for a value that is not to be had.
     """
+    make.__doc__ = make.__doc__.rstrip(" ")
     return make
 
 

@@ -140,6 +140,8 @@ def test_names_of_parameters(name: str) -> None:
     assert shapes(model.layer2[0]) == UNITS[name]
     outer = {key for key in model.state_dict() if not key.startswith(("layer", "bam"))}
     assert outer == {"conv1.weight", *norm("bn1", 64), "fc.weight", "fc.bias"}
+    if name == "epsanet50":
+        assert model.layer2[0].conv2.reverse  # as checkpoints have it
     counts = [len(getattr(model, f"layer{i}")) for i in range(1, 5)]
     assert counts == [3, 4, 6, 3]
 
@@ -206,6 +208,9 @@ def test_masks() -> None:
             found = [m for m in stage.modules() if isinstance(m, fused_attn.ResidualAttention)]
             assert len(found) == modules[i]
             assert [len(m.mask.down) for m in found] == [3 - i] * modules[i]
+            # As in the authors' Caffe model: one unit on each level, and no trunk in the mask
+            assert not any(m.add_trunk for m in found)
+            assert {type(unit).__name__ for m in found for unit in m.mask.skip} <= {"PreActivationUnit"}
         assert len(model.layer4) == 3
     for size, small_input, least in ((224, False, 7), (32, True, 4)):
         with torch.device("meta"):
