@@ -409,9 +409,10 @@ def _function(name: str) -> Callable[..., ResidualNetwork]:
 
     make.__name__ = make.__qualname__ = name
     channels = _PLANES[-1] if network.where == "shrink" else 4 * _PLANES[-1]
+    size = "*S" if "dims" in network.options else "H, W"
     make.__doc__ = f"""{network.paper}
 
-    x: (N, in_chans, {"*S" if "dims" in network.options else "H, W"}), made for 224×224; returns logits (N, num_classes).
+    x: (N, in_chans, {size}), made for 224×224; returns logits (N, num_classes).
     The last map, of which they are computed, has {channels} channels.
     Names of the parameters: {network.names}.
 
