@@ -6,12 +6,17 @@ from types import ModuleType
 from . import log, ops
 from .backend import use_backend
 from .blocks import (
+    BAM,
+    CBAM,
     ECA,
     EffectiveSE,
     PyramidSqueezeAttention,
     ResidualAttention,
     SelectiveKernel,
     Shrinkage,
+    ShuffleAttention,
+    SpatialChannelSE,
+    SpatialGroupEnhance,
     SplitAttention,
     SqueezeExcite,
 )
@@ -53,6 +58,6 @@ if log.enabled():
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "testing":  # on first use: the checks aren't part of what a program runs
-        return importlib.import_module(".testing", __name__)
+    if name in ("models", "testing"):  # on first use: most programs need neither
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

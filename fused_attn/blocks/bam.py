@@ -9,6 +9,7 @@ batch norm; no published code does: it stands after each hidden layer. The convo
 modules; the merge, the pooling and the channel branch are one op.
 """
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from .excite_plan import dense
 from .norms import norm_of
 
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
+_DICT = "torch.nn.modules.container.ModuleDict"
 _CV = "pytorchcv.models."
+LAYOUTS = ("plain", "authors")
 
 
 class BamPlan(DeepPlan):
@@ -90,6 +93,12 @@ class BamPlan(DeepPlan):
         return y  # type: ignore[no-any-return]
 
 
+def _layers(hidden: int) -> list[str]:
+    """The authors' names in the channel branch: of each hidden layer, its norm and activation, and of the last."""
+    each = (("fc", 0), ("bn", 1), ("relu", 1))
+    return [f"gate_c_{kind}_{i + more}" for i in range(hidden) for kind, more in each] + ["gate_c_fc_final"]
+
+
 def _to(t: Tensor | None, like: Tensor) -> Tensor | None:
     return None if t is None else t.to(like.dtype)
 
@@ -109,8 +118,10 @@ class BAM(Planned):
     num_layers: hidden layers of the channel branch
     dilation, num_dilated: of the 3×3 convolutions
     merge: "product", as the authors' code has it, or "sum", as their paper has it
+    layout: names of the parameters: "plain", channel.0, spatial.0 and so on; or "authors", theirs:
+        channel_att.gate_c.gate_c_fc_0 … gate_c_fc_final, spatial_att.gate_s.gate_s_conv_reduce0 … gate_s_conv_final
 
-    Raises ValueError for another merge.
+    Raises ValueError for another merge or layout.
     """
 
     def __init__(
@@ -122,12 +133,15 @@ class BAM(Planned):
         dilation: int = 4,
         num_dilated: int = 2,
         merge: str = "product",
+        layout: str = "plain",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if merge not in ("product", "sum"):
             raise ValueError(f"merge must be 'product' or 'sum'; got {merge!r}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}; got {layout!r}")
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1; got {num_layers!r}")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -136,20 +150,37 @@ class BAM(Planned):
         dense: list[nn.Module] = []
         for i in range(num_layers):
             dense += [nn.Linear(h if i else channels, h, **made), nn.BatchNorm1d(h, **made), nn.ReLU()]
-        self.channel = nn.Sequential(*dense, nn.Linear(h, channels, **made))
+        dense += [nn.Linear(h, channels, **made)]
         convs: list[nn.Module] = [nn.Conv2d(channels, h, 1, **made), nn.BatchNorm2d(h, **made), nn.ReLU()]
         for _ in range(num_dilated):
             conv = nn.Conv2d(h, h, 3, padding=dilation, dilation=dilation, **made)
             convs += [conv, nn.BatchNorm2d(h, **made), nn.ReLU()]
-        self.spatial = nn.Sequential(*convs, nn.Conv2d(h, 1, 1, **made))
+        convs += [nn.Conv2d(h, 1, 1, **made)]
+        self.layout = layout
+        if layout == "plain":
+            self.channel, self.spatial = nn.Sequential(*dense), nn.Sequential(*convs)
+        else:
+            steps = ["reduce0", *(f"di_{i}" for i in range(num_dilated))]
+            named = [f"gate_s_{kind}_{step}" for step in steps for kind in ("conv", "bn", "relu")]
+            within = nn.Sequential(OrderedDict(zip(_layers(num_layers), dense, strict=True)))
+            beside = nn.Sequential(OrderedDict(zip([*named, "gate_s_conv_final"], convs, strict=True)))
+            self.channel_att = nn.ModuleDict({"gate_c": within})
+            self.spatial_att = nn.ModuleDict({"gate_s": beside})
         renew(self)
 
     def _plan(self) -> Plan:
-        hidden = [(f"channel.{3 * i}", f"channel.{3 * i + 1}", f"channel.{3 * i + 2}") for i in range(self.num_layers)]
-        if len(self.channel) != 3 * self.num_layers + 1:
-            raise Refused("channel has other layers")
-        last, merge = f"channel.{3 * self.num_layers}", f"sigmoid_{self.merge}"
-        return BamPlan(self, {"channel": (_SEQUENTIAL, "")}, hidden, last, ("spatial",), merge, ("merge", "num_layers"))
+        plain, k = self.layout == "plain", self.num_layers
+        place = "channel" if plain else "channel_att.gate_c"
+        names = [f"{place}.{name}" for name in (map(str, range(3 * k + 1)) if plain else _layers(k))]
+        if len(self.get_submodule(place)) != len(names):  # type: ignore[arg-type]
+            raise Refused("the channel branch has other layers")
+        inner = {place: (_SEQUENTIAL, "")}
+        if not plain:
+            inner |= {"channel_att": (_DICT, ""), "spatial_att": (_DICT, "")}
+        hidden = [(names[3 * i], names[3 * i + 1], names[3 * i + 2]) for i in range(k)]
+        spatial = ("spatial",) if plain else ("spatial_att.gate_s",)
+        fixed = ("merge", "num_layers", "layout")
+        return BamPlan(self, inner, hidden, names[-1], spatial, f"sigmoid_{self.merge}", fixed)
 
     def forward(self, x: Tensor) -> Tensor:
         """y: (N, C, H, W), in x's dtype and memory format.
@@ -160,7 +191,9 @@ class BAM(Planned):
         plan = ready(self)
         if plan is not None:
             return plan.run_on(self, x)  # type: ignore[attr-defined]
-        gate, pixel = self.channel(x.mean((2, 3)))[..., None, None], self.spatial(x)
+        channel: Any = self.channel if self.layout == "plain" else self.channel_att["gate_c"]
+        spatial: Any = self.spatial if self.layout == "plain" else self.spatial_att["gate_s"]
+        gate, pixel = channel(x.mean((2, 3)))[..., None, None], spatial(x)
         return x * (1 + torch.sigmoid(gate * pixel if self.merge == "product" else gate + pixel))
 
     by_plan = forward
@@ -202,5 +235,6 @@ Block(
         case(args={"channels": 32}, x=(3, 32, 9, 8)),
         case(args={"channels": 16, "rd_channels": 4, "merge": "sum"}, x=(3, 16, 7, 7)),
         case(args={"channels": 16, "rd_channels": 4, "num_layers": 2, "dilation": 2}, x=(3, 16, 7, 7)),
+        case(args={"channels": 16, "rd_channels": 4, "num_layers": 2, "layout": "authors"}, x=(3, 16, 7, 7)),
     ),
 )

@@ -17,7 +17,7 @@ What differs between published versions:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ _NORMS = {f"torch.nn.modules.batchnorm.BatchNorm{d}d": ("", ()) for d in (1, 2, 
     "timm.layers.norm_act.BatchNormAct2d": ("34994d9669ff", ("drop", "act")),
 }
 _OWN = "torch.nn.modules.container.ModuleDict"
+_SEQUENTIAL = "torch.nn.modules.container.Sequential"
+LAYOUTS = ("timm", "authors")
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,24 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     return plan.run(x, None, "identity", 0.01)
 
 
+# Ours, by layout
+_NAMES = {
+    "timm": Parts(
+        dict.fromkeys(("channel", "spatial", "spatial.conv"), (_OWN, "")),
+        "channel.fc1", "channel.act", "channel.fc2", "channel.gate",
+        "spatial.conv.conv", "spatial.conv.bn", "spatial.gate",
+    ),
+    "authors": Parts(
+        dict.fromkeys(("ChannelGate", "SpatialGate", "SpatialGate.spatial"), (_OWN, ""))
+        | {"ChannelGate.mlp": (_SEQUENTIAL, "")},
+        "ChannelGate.mlp.1", "ChannelGate.mlp.2", "ChannelGate.mlp.3", "ChannelGate.gate",
+        "SpatialGate.spatial.conv", "SpatialGate.spatial.bn", "SpatialGate.gate",
+    ),
+}  # fmt: skip
+
+
 class CBAM(Planned):
-    """Convolutional block attention of feature maps (N, C, *S), with timm's state_dict keys.
+    """Convolutional block attention of feature maps (N, C, *S), with timm's state_dict keys or the authors'.
 
     channels: C
     rd_ratio, rd_channels: width of the MLP, rd_channels or rd_ratio·C rounded (at least one)
@@ -236,6 +254,8 @@ class CBAM(Planned):
     no_spatial: the channel gate alone
     light: timm's LightCbamModule, whose poolings are averaged
     dims: 1, 2 or 3 spatial dimensions
+    layout: names and shapes of the parameters. "timm": channel.fc1 and fc2, 1×1 convolutions; spatial.conv.conv and bn.
+        "authors": ChannelGate.mlp.1 and .3, dense layers; SpatialGate.spatial.conv and bn. Nothing else depends on it
 
     Raises ValueError for another option.
     """
@@ -255,6 +275,7 @@ class CBAM(Planned):
         no_spatial: bool = False,
         light: bool = False,
         dims: int = 2,
+        layout: str = "timm",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -269,20 +290,29 @@ class CBAM(Planned):
             raise ValueError(f"light needs pool_types 'avg' and 'max'; got {pool_types!r}")
         if dims not in (1, 2, 3):
             raise ValueError(f"dims must be 1, 2 or 3; got {dims!r}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}; got {layout!r}")
         if spatial_kernel_size < 1 or spatial_kernel_size % 2 == 0:
             raise ValueError(f"spatial_kernel_size must be odd; got {spatial_kernel_size!r}")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = rd_channels or max(1, round(channels * rd_ratio))
         self.order, self.ties, self.pool_types, self.light = order, ties, tuple(pool_types), light
-        self.channel = nn.ModuleDict(
-            {
-                "fc1": nn.Conv2d(channels, hidden, 1, bias=mlp_bias, **made),
-                "act": _activation("act_layer", act_layer),
-                "fc2": nn.Conv2d(hidden, channels, 1, bias=mlp_bias, **made),
-                "gate": _activation("gate_layer", gate_layer),
-            }
-        )
-        self.spatial = None
+        self.layout = layout
+        act, gate = _activation("act_layer", act_layer), _activation("gate_layer", gate_layer)
+        if layout == "timm":
+            self.channel = nn.ModuleDict(
+                {
+                    "fc1": nn.Conv2d(channels, hidden, 1, bias=mlp_bias, **made),
+                    "act": act,
+                    "fc2": nn.Conv2d(hidden, channels, 1, bias=mlp_bias, **made),
+                    "gate": gate,
+                }
+            )
+        else:
+            first, second = nn.Linear(channels, hidden, mlp_bias, **made), nn.Linear(hidden, channels, mlp_bias, **made)
+            mlp = nn.Sequential(nn.Flatten(), first, act, second)
+            self.ChannelGate = nn.ModuleDict({"mlp": mlp, "gate": gate})
+        self.no_spatial = no_spatial
         if not no_spatial:
             conv, norm = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1], (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
             size = spatial_kernel_size
@@ -290,8 +320,13 @@ class CBAM(Planned):
                 "conv": conv(1 if light else 2, 1, size, padding=size // 2, bias=False, **made),
                 "bn": norm[dims - 1](1, **made),
             }
-            gate = "sigmoid" if gate_layer is None else gate_layer
-            self.spatial = nn.ModuleDict({"conv": nn.ModuleDict(inner), "gate": _activation("gate_layer", gate)})
+            last = _activation("gate_layer", "sigmoid" if gate_layer is None else gate_layer)
+            if layout == "timm":
+                self.spatial = nn.ModuleDict({"conv": nn.ModuleDict(inner), "gate": last})
+            else:
+                self.SpatialGate = nn.ModuleDict({"spatial": nn.ModuleDict(inner), "gate": last})
+        elif layout == "timm":
+            self.register_module("spatial", None)
         try:
             self._plan()
         except Refused as why:
@@ -299,15 +334,16 @@ class CBAM(Planned):
         renew(self)
 
     def _plan(self) -> Plan:
-        inner = {"channel": (_OWN, "")}
-        if self.spatial is not None:
-            inner |= {"spatial": (_OWN, ""), "spatial.conv": (_OWN, "")}
-        parts = Parts(
-            inner, "channel.fc1", "channel.act", "channel.fc2", None if self.light else "channel.gate",
-            None if self.spatial is None else "spatial.conv.conv", "spatial.conv.bn", "spatial.gate",
+        names, spatial = _NAMES[self.layout], not self.no_spatial
+        inner = {
+            name: where for name, where in names.inner.items() if spatial or not name.lower().startswith("spatial")
+        }
+        parts = replace(
+            names, inner=inner, gate=None if self.light else names.gate, conv=names.conv if spatial else None,
             light=self.light, flip=self.order == "max_mean", ties=self.ties,
         )  # fmt: skip
-        return CbamPlan(self, parts, self.pool_types, ("light", "order", "ties", "pool_types"))
+        fixed = ("light", "order", "ties", "pool_types", "layout", "no_spatial")
+        return CbamPlan(self, parts, self.pool_types, fixed)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, epilogue: str = "identity", epilogue_slope: float = 0.01
@@ -321,7 +357,7 @@ class CBAM(Planned):
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)
         u = x * self.channel_gate(x)
-        y = u if self.spatial is None else u * self.spatial_gate(u)
+        y = u if self.no_spatial else u * self.spatial_gate(u)
         y = y if residual is None else y + residual
         return activations.apply(epilogue, y, epilogue_slope)
 
@@ -329,7 +365,9 @@ class CBAM(Planned):
 
     def channel_gate(self, x: Tensor) -> Tensor:
         """The gate (N, C, 1, …), eq. 2, by plain PyTorch and the child modules."""
-        flat, part = x.flatten(2), self.channel
+        flat = x.flatten(2)
+        gated: Any = self.channel if self.layout == "timm" else self.ChannelGate
+        mlp = self._mlp if self.layout == "timm" else gated["mlp"]
         pools = {
             "avg": lambda: flat.mean(-1),
             "max": lambda: flat.amax(-1) if self.ties == "split" else flat.max(-1).values,
@@ -338,9 +376,14 @@ class CBAM(Planned):
         }
         pooled = [pools[kind]() for kind in self.pool_types]
         pooled = [0.5 * (pooled[0] + pooled[1])] if self.light else pooled
-        u = sum(part["fc2"](part["act"](part["fc1"](p[..., None, None]))) for p in pooled)
-        gate = torch.sigmoid(u) if self.light else part["gate"](u)
+        u: Any = sum(mlp(p) for p in pooled)
+        gate = torch.sigmoid(u) if self.light else gated["gate"](u)
         return gate.reshape(x.shape[:2] + (1,) * (x.dim() - 2))
+
+    def _mlp(self, p: Tensor) -> Tensor:
+        part: Any = self.channel
+        u: Tensor = part["fc2"](part["act"](part["fc1"](p[..., None, None])))
+        return u
 
     def spatial_gate(self, u: Tensor) -> Tensor:
         """The gate (N, 1, *S), eq. 3, by plain PyTorch and the child modules."""
@@ -350,8 +393,10 @@ class CBAM(Planned):
             q = 0.5 * (mean + most)
         else:
             q = torch.cat([mean, most] if self.order == "mean_max" else [most, mean], 1)
-        inner: Any = self.spatial
-        return inner["gate"](inner["conv"]["bn"](inner["conv"]["conv"](q)))
+        outer: Any = self.spatial if self.layout == "timm" else self.SpatialGate
+        inner = outer["conv" if self.layout == "timm" else "spatial"]
+        gate: Tensor = outer["gate"](inner["bn"](inner["conv"](q)))
+        return gate
 
 
 _TIMM = "timm.layers."
@@ -434,6 +479,8 @@ Block(
         case(args={"channels": 16, "rd_channels": 4, "light": True}, x=(2, 16, 7, 7)),
         case(args={"channels": 16, "rd_channels": 4, "no_spatial": True, "gate_layer": "hard_sigmoid"},
              x=(2, 16, 7, 7)),
+        case(args={"channels": 16, "rd_channels": 4, "mlp_bias": True, "order": "max_mean", "ties": "first",
+                   "layout": "authors"}, x=(2, 16, 7, 7)),
         case(args={"channels": 16, "rd_channels": 4, "pool_types": ("avg", "max", "lp", "lse")}, x=(2, 16, 5, 5)),
         case(args={"channels": 16, "rd_channels": 4, "pool_types": ("lp",)}, x=(2, 16, 5, 5)),
     ),

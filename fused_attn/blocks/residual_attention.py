@@ -31,20 +31,32 @@ _EPS = {"f1": 0.0, "f2": 1e-12, "f3": 1e-5}
 
 
 class PreActivationUnit(nn.Module):
-    """The residual unit of the paper's networks: x plus three convolutions, each after a norm and a ReLU."""
+    """The residual unit of the paper's networks: the shortcut plus three convolutions, each after a norm and a ReLU.
 
-    def __init__(self, channels: int) -> None:
+    channels: of x; out_channels: of y, None for the same; stride: of the 3×3 convolution
+    Where x's shape isn't y's, the shortcut is a 1×1 convolution of what went through the first norm and ReLU.
+    """
+
+    def __init__(self, channels: int, out_channels: int | None = None, stride: int = 1) -> None:
         super().__init__()
-        middle = max(1, channels // 4)
+        out = out_channels or channels
+        middle = max(1, out // 4)
         self.body = nn.Sequential(
             nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, middle, 1, bias=False),
-            nn.BatchNorm2d(middle), nn.ReLU(inplace=True), nn.Conv2d(middle, middle, 3, padding=1, bias=False),
-            nn.BatchNorm2d(middle), nn.ReLU(inplace=True), nn.Conv2d(middle, channels, 1, bias=False),
+            nn.BatchNorm2d(middle), nn.ReLU(inplace=True), nn.Conv2d(middle, middle, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(middle), nn.ReLU(inplace=True), nn.Conv2d(middle, out, 1, bias=False),
         )  # fmt: skip
+        self.shortcut = None
+        if stride != 1 or out != channels:
+            self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x + body(x): (N, C, H, W)."""
-        return x + self.body(x)
+        """shortcut(x) + body(x): (N, out_channels, H/stride, W/stride)."""
+        if self.shortcut is None:
+            return x + self.body(x)
+        x = self.body[:2](x)
+        y: Tensor = self.body[2:](x) + self.shortcut(x)
+        return y
 
 
 class AttentionMask(nn.Module):
