@@ -61,6 +61,12 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, str))
 
 
+def author(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was fused."""
+    cls: type[nn.Module] = getattr(type(module), "original", type(module))
+    return cls
+
+
 def methods(cls: type, name: str = "forward") -> dict[str, Callable[..., Any]]:
     """The method, and those of the same class that its source names as self's."""
     found: dict[str, Callable[..., Any]] = {}
@@ -90,8 +96,8 @@ class _Reading(ast.NodeVisitor):
         body = tree.body[0]
         plain = isinstance(body, ast.FunctionDef) and isinstance(function, FunctionType)
         decorators = [getattr(d, "id", "") for d in body.decorator_list] if isinstance(body, ast.FunctionDef) else []
-        bound = module is not None and decorators != ["staticmethod"]
-        if not plain or (decorators and decorators != ["staticmethod"]):
+        bound = module is not None
+        if not plain or (decorators and (bound or decorators != ["staticmethod"])):
             raise Refused("its forward isn't a plain function of x")
         assert isinstance(body, ast.FunctionDef)
         given = body.args
@@ -147,11 +153,16 @@ class _Reading(ast.NodeVisitor):
             if name in own and name != "training" and _plain(own[name]):
                 self.attributes.add(name)
                 return
-            if name not in own and name in vars(type(self.module)):
-                method = getattr(type(self.module), name)
+            cls = author(self.module)
+            if name not in own and name in vars(cls):
+                method = getattr(cls, name)
                 if inspect.isfunction(method):
-                    self.calls.append((method, self.module))
+                    static = isinstance(vars(cls)[name], staticmethod)
+                    self.calls.append((method, None if static else self.module))
                     return
+            # Not there: a branch that isn't taken, as long as the attribute holds that decides; else a trial fails.
+            if name not in own and name not in own["_buffers"] and not hasattr(cls, name):
+                return
         raise Refused(f"its forward reads self.{name}")
 
     def named(self, name: str) -> None:
@@ -169,9 +180,9 @@ class _Reading(ast.NodeVisitor):
         none = lambda node: isinstance(node, ast.Constant) and node.value is None
         parts: Iterable[ast.AST] = ()
         if isinstance(test, ast.Compare) and all(isinstance(op, _EQUALITIES) for op in test.ops):
-            if isinstance(test.ops[0], (ast.Is, ast.IsNot)) and none(test.comparators[0]):
-                if isinstance(test.left, ast.Name) and test.left.id in self.local:
-                    return
+            identity = isinstance(test.ops[0], (ast.Is, ast.IsNot)) and none(test.comparators[0])
+            if identity and isinstance(test.left, ast.Name) and test.left.id in self.local:
+                return
             parts = (test.left, *test.comparators)
         elif isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             parts = (test.operand,)
@@ -196,7 +207,7 @@ def _listed(part: Any) -> list[ast.AST]:
 def straight(
     function: Any, module: nn.Module, deep: bool = False, added: tuple[float, ...] = ()
 ) -> dict[nn.Module, set[str]]:
-    """Raises Refused for a forward that a trial can't vouch for. Returns the plain attributes that were read, by module.
+    """Raises Refused for a forward that a trial can't vouch for. Returns the plain attributes that it reads, by module.
 
     deep: read children's forwards, too, methods, functions of the same file, and branches on plain attributes
     added: floats that may be added to something
@@ -224,17 +235,16 @@ def straight(
 
 def original(module: nn.Module) -> nn.Module:
     """A copy of the module, of the class that it had before it was fused: for trials."""
-    cls = getattr(type(module), "original", type(module))
+    cls = author(module)
     twin: nn.Module = cls.__new__(cls)
     twin.__dict__.update(copy.deepcopy({name: value for name, value in vars(module).items() if name != KEY}))
     return twin
 
 
-@torch.no_grad()
 def redrawn(module: nn.Module) -> nn.Module:
     """A module of the original class in float64 on the CPU, whose numbers all matter: weights that start at 0 hide what
     they weigh."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         twin = original(module).double().to_empty(device="cpu").requires_grad_(True)
         draw = torch.Generator().manual_seed(3)
         for p in twin.parameters():

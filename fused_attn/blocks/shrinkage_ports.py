@@ -10,7 +10,8 @@ same names; so names decide nothing. It is fused where both hold:
     * in float64, outputs, gradients and running statistics agree with one of the forms that a plan has, in training and
       in evaluation, on random inputs of three magnitudes, which are left as they were.
 
-Trials (`blocks.proof`) see no tie |x| = τ and nothing infinite; there relu(|x| − τ) is what runs, as `blocks.shrinkage` says.
+Both are in `blocks.proof`. Trials see no tie |x| = τ and nothing infinite; there relu(|x| − τ) is what runs, as
+`blocks.shrinkage` says.
 """
 
 import functools
