@@ -389,6 +389,24 @@ def _training(self, x):
     return x * gate if self.training else gate * x
 
 
+def _keeping(self, x):
+    self.gate = self.sigmoid(self.conv(x.mean((2, 3)).unsqueeze(1))).squeeze(1)[:, :, None, None]
+    return x * self.gate
+
+
+def _finite(self, x):
+    return x * self.sigmoid(self.conv(x.mean((2, 3)).unsqueeze(1)).nan_to_num()).squeeze(1)[:, :, None, None]
+
+
+def _wide(self, x):
+    return x.double() * self.sigmoid(self.conv(x.mean((2, 3)).unsqueeze(1))).squeeze(1)[:, :, None, None]
+
+
+def _counting(self, x):
+    self.conv.weight.data.add_(1)
+    return x * self.sigmoid(self.conv(x.mean((2, 3)).unsqueeze(1)) * 1).squeeze(1)[:, :, None, None]
+
+
 def _bound(self, x):
     return x * self.sigmoid(self.conv(x.mean((2, 3)).unsqueeze(1)).clamp(max=1e9)).squeeze(1)[:, :, None, None]
 
@@ -425,6 +443,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "eca, on a size": (variant(eca_layer, forward=_branch), "has a IfExp in line"),
     "eca, on training": (variant(eca_layer, forward=_training), "reads self.training"),
     "eca, a bound": (variant(eca_layer, forward=_bound), r"has the number 1000000000\.0"),
+    "eca, keeps its gate": (variant(eca_layer, forward=_keeping), "sets self.gate"),
+    "eca, finite": (variant(eca_layer, forward=_finite), "has nan_to_num in line"),
+    "eca, wide": (variant(eca_layer, forward=_wide), "has double in line"),
+    "eca, moves its weight": (variant(eca_layer, forward=_counting), _NUMBERS),
     "eca, a hook": (
         changed(eca_layer, lambda m: m.avg_pool.register_forward_hook(lambda *args: None)), "avg_pool has hooks"
     ),
@@ -606,3 +628,12 @@ def test_the_manifest_says_where_all_was_read() -> None:
         assert re.fullmatch(r"[0-9a-f]{40}", entry["source"]["commit"]), name
         assert set(entry) <= {"source", "arguments", "state", "ours", "note"}, name
         assert set(entry.get("ours", {})) <= set(entry["state"] or {}), name
+
+
+@pytest.mark.parametrize("name", ["eca", "shuffle", "sge", "cbam", "bam", "ultralytics"])
+def test_compiles_in_one_graph(name: str) -> None:
+    make, shape = FUSED[name]
+    plain, fused = converted(make)
+    x = feature_map(*shape)
+    compiled = torch.compile(fused.eval(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain.eval()(x))

@@ -193,14 +193,16 @@ def _run(module: nn.Module, plan: Plan, x: Tensor) -> Tensor:
     return plan.run_on(module, x) if isinstance(plan, BamPlan) else plan.run(x, None, "identity", 0.01)
 
 
+def _within(name: str, roots: Iterable[str]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
 def _watched(module: nn.Module, plan: Plan, read: dict[nn.Module, set[str]], called: tuple[str, ...]) -> None:
     """What the proof took for granted is compared on each call."""
     seen = {id(child) for child, _, _ in plan.skipped}
     for name, child in module.named_modules():
-        if child is module or any(name == c or name.startswith(f"{c}.") for c in called):
+        if child is module or _within(name, called):
             continue
-        if (why := tampered(child)) is not None:
-            raise Refused(f"{name} {why}")
         if id(child) not in seen:
             if isinstance(plan, DeepPlan):
                 plan.skip(module, name)
@@ -253,6 +255,9 @@ def _plan(module: nn.Module) -> Plan:
     cls = author(module)
     known = KNOWN[cls.__name__.lower()]
     plan: Any = known.draft(module)
+    for name, child in module.named_modules():
+        if child is not module and not _within(name, known.called) and (why := tampered(child)) is not None:
+            raise Refused(f"{name} {why}")
     read = straight(cls.forward, module, True, known.added)
     _watched(module, plan, read, known.called)
     channels = known.channels(module)

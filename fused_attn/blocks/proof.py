@@ -14,6 +14,7 @@ attributes, on which it may branch.
 
 import ast
 import copy
+import functools
 import inspect
 import itertools
 import textwrap
@@ -33,6 +34,11 @@ _BRANCHES = (
     ast.Nonlocal, ast.NamedExpr, ast.Yield, ast.Await,
 )  # fmt: skip
 _EQUALITIES = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)
+# What makes a difference for what isn't finite, in another dtype or on another device, or to somebody else, only.
+_UNSEEN = frozenset(
+    ("nan_to_num", "nan_to_num_", "nansum", "nanmean", "nanmedian", "isnan", "isinf", "isfinite", "double", "float64",
+     "cpu", "cuda", "register_hook", "retain_grad", "is_grad_enabled", "is_autocast_enabled")
+)  # fmt: skip
 _TOLERANCE = 1e-9  # float64 rounding, through a batch norm of three descriptors
 # Layers that do the same on every call, in training and in evaluation but for running statistics.
 LAYERS = frozenset(
@@ -67,6 +73,15 @@ def author(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
+@functools.cache
+def _tree(function: Any) -> ast.Module | None:
+    """A function's source, or None where there is none."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
 def methods(cls: type, name: str = "forward") -> dict[str, Callable[..., Any]]:
     """The method, and those of the same class that its source names as self's."""
     found: dict[str, Callable[..., Any]] = {}
@@ -75,9 +90,8 @@ def methods(cls: type, name: str = "forward") -> dict[str, Callable[..., Any]]:
         name = left.pop()
         method = getattr(cls, name)
         found[name] = method
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):
+        tree = _tree(method)
+        if tree is None:
             continue
         read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         left += sorted(n for n in read - set(found) if inspect.isfunction(getattr(cls, n, None)) and n in vars(cls))
@@ -89,10 +103,9 @@ class _Reading(ast.NodeVisitor):
     methods and functions of the same file be called; added: floats that may be added to something."""
 
     def __init__(self, function: Any, module: nn.Module | None, deep: bool, added: tuple[float, ...]) -> None:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError):
-            raise Refused("its forward has no source to look at") from None
+        tree = _tree(function)
+        if tree is None:
+            raise Refused("its forward has no source to look at")
         body = tree.body[0]
         plain = isinstance(body, ast.FunctionDef) and isinstance(function, FunctionType)
         decorators = [getattr(d, "id", "") for d in body.decorator_list] if isinstance(body, ast.FunctionDef) else []
@@ -131,7 +144,11 @@ class _Reading(ast.NodeVisitor):
         # Dimensions are small integers; a float, or a larger number, is a bound or a scale.
         elif isinstance(node, ast.Constant) and not _harmless(node.value):
             raise Refused(f"its forward has the number {node.value!r}")
+        elif isinstance(node, ast.Attribute) and node.attr in _UNSEEN:
+            raise Refused(f"its forward has {node.attr} in line {node.lineno}, which trials don't see")
         elif isinstance(node, ast.Attribute) and self.mine(node):
+            if not isinstance(node.ctx, ast.Load):
+                raise Refused(f"its forward sets self.{node.attr}")
             self.read(node.attr)
         elif isinstance(node, ast.Name) and node.id not in self.local:
             self.named(node.id)
@@ -220,6 +237,8 @@ def straight(
             if child is not module and path(type(child)) not in LAYERS:
                 if type(child).__module__.startswith("torch."):
                     raise Refused(f"{name} is a {path(type(child))}")
+                if type(child).__call__ is not nn.Module.__call__:
+                    raise Refused(f"{name} has a __call__ of its own")
                 left.append((type(child).forward, child))
     while left:
         which = left.pop()
@@ -256,7 +275,7 @@ def redrawn(module: nn.Module) -> nn.Module:
 
 
 def _step(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    """Output, gradients and buffers of one step."""
+    """Output and gradients of one step, and parameters and buffers after it."""
     leaf = x.clone().requires_grad_()
     given = leaf.clone()
     y = forward(given)
@@ -268,7 +287,8 @@ def _step(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> 
     grads = torch.autograd.grad(y, [leaf, *module.parameters()], dy, allow_unused=True)
     if any(g is None for g in grads):
         raise Refused("its forward leaves parameters unused")
-    return [y.detach(), *grads, *(b.detach().to(y.dtype).clone() for b in module.buffers())]
+    state = (*module.parameters(), *module.buffers())
+    return [y.detach(), *grads, *(t.detach().to(y.dtype).clone() for t in state)]
 
 
 def _inputs(channels: Iterable[int], sizes: Iterable[tuple[int, ...]], ties: bool) -> Iterable[Tensor]:
