@@ -186,7 +186,10 @@ class CbamPlan(DeepPlan):
                 hidden = activations.apply(act, F.linear(p, w1.flatten(1), b1), slope)  # type: ignore[union-attr]
                 return activations.apply(gate, F.linear(hidden, w2.flatten(1), b2).sum(0))  # type: ignore[union-attr]
             p = p if p.shape[0] == 2 else p[0]
-            return shared_mlp(p, *weights, None, None, None, None, None, None, act, gate, slope, "none", 1e-5)
+            # A compiler sees through the equations, and has its own way of fusing them.
+            mlp: Any = shared_mlp.formula if torch.compiler.is_compiling() else shared_mlp
+            gates: Tensor = mlp(p, *weights, None, None, None, None, None, None, act, gate, slope, "none", 1e-5)
+            return gates
 
         return excite, [t for t in state if t is not None], extra
 
