@@ -51,18 +51,19 @@ class Parts:
     """Where a CBAM keeps what, by dotted names from the module on.
 
     inner: modules between it and its layers: name -> (class, fingerprint of its forward)
+    fc2: None: the MLP is one layer, without activation; norm: None: there is none
     light: ½ mean + ½ max in both gates; flip: the convolution takes [max, mean]
-    gate: None: always a sigmoid; idle: poolings that must be of output size 1, by name and class
+    gate, spatial_gate: None: always a sigmoid; idle: poolings that must be of output size 1, by name and class
     """
 
     inner: dict[str, tuple[str, str]]
     fc1: str
-    act: str
-    fc2: str
+    act: str | None
+    fc2: str | None
     gate: str | None
     conv: str | None
-    norm: str
-    spatial_gate: str
+    norm: str | None
+    spatial_gate: str | None
     light: bool = False
     flip: bool = False
     ties: str = "split"
@@ -95,11 +96,16 @@ class CbamPlan(DeepPlan):
         for name, where in parts.idle:
             self.pooling(module, name, where)
         self.first = dense(self, parts.fc1, self.skip(module, parts.fc1))
-        self.second = dense(self, parts.fc2, self.skip(module, parts.fc2))
-        if self.first["weight"].shape[1] != self.second["weight"].shape[0]:
+        last = self.first
+        self.second: dict[str, Any] = {"weight": None, "bias": None}
+        if parts.fc2 is not None:
+            last = self.second = dense(self, parts.fc2, self.skip(module, parts.fc2))
+        if self.first["weight"].shape[1] != last["weight"].shape[0]:
             raise Refused("the MLP doesn't return as many channels as it takes")
         acts = tuple(a for a in activations.ACTS if a != "prelu")
-        self.act, self.slope = activation(self, parts.act, self.skip(module, parts.act), acts)
+        self.act, self.slope = "identity", 0.01
+        if parts.act is not None:
+            self.act, self.slope = activation(self, parts.act, self.skip(module, parts.act), acts)
         gates = tuple(g for g in activations.GATES if g != "prelu")
         self.gate = "sigmoid"
         if parts.gate is not None:
@@ -108,7 +114,8 @@ class CbamPlan(DeepPlan):
         if parts.conv is None:
             return
         self._convolution(module, parts)
-        self.conv_gate, _ = activation(self, parts.spatial_gate, self.skip(module, parts.spatial_gate), gates)
+        if parts.spatial_gate is not None:
+            self.conv_gate, _ = activation(self, parts.spatial_gate, self.skip(module, parts.spatial_gate), gates)
 
     def _convolution(self, module: nn.Module, parts: Parts) -> None:
         assert parts.conv is not None
@@ -125,6 +132,8 @@ class CbamPlan(DeepPlan):
         if any(k % 2 == 0 for k in size) or self.padding != want:
             raise Refused(f"{parts.conv} is {conv!r}, which doesn't keep the size of a plane")
         self.conv = self.weights(parts.conv, conv)
+        if parts.norm is None:
+            return
         norm = self.skip(module, parts.norm)
         if path(type(norm)) == _IDENTITY:
             return
@@ -179,7 +188,10 @@ class CbamPlan(DeepPlan):
                 hidden = activations.apply(act, F.linear(p, w1.flatten(1), b1), slope)  # type: ignore[union-attr]
                 return activations.apply(gate, F.linear(hidden, w2.flatten(1), b2).sum(0))  # type: ignore[union-attr]
             p = p if p.shape[0] == 2 else p[0]
-            return shared_mlp(p, *weights, None, None, None, None, None, None, act, gate, slope, "none", 1e-5)
+            # A compiler sees through the equations, and has its own way of fusing them.
+            mlp: Any = shared_mlp.formula if torch.compiler.is_compiling() else shared_mlp
+            gates: Tensor = mlp(p, *weights, None, None, None, None, None, None, act, gate, slope, "none", 1e-5)
+            return gates
 
         return excite, [t for t in state if t is not None], extra
 

@@ -48,7 +48,12 @@ def normalise(
     variance, where it used them."""
     to = lambda t: None if t is None else t.to(z.dtype)
     if mean is not None:
-        return F.batch_norm(z, to(mean), to(var), to(weight), to(bias), False, 0.0, eps), ()
+        if not torch.compiler.is_compiling():
+            return F.batch_norm(z, to(mean), to(var), to(weight), to(bias), False, 0.0, eps), ()
+        # A compiler takes the derivative by all that an excite is given, and torch's has none by the statistics.
+        over: Any = lambda t: t.to(z.dtype).reshape(-1, *(1,) * (z.dim() - 2))
+        scale = torch.rsqrt(over(var) + eps) * (1 if weight is None else over(weight))
+        return (z - over(mean)) * scale + (0 if bias is None else over(bias)), ()
     out = F.batch_norm(z, None, None, to(weight), to(bias), True, 0.0, eps)
     with torch.no_grad():
         dims = [d for d in range(z.dim()) if d != 1]

@@ -22,14 +22,14 @@ from ..registry import Block, case
 
 
 class GroupPlan(Plan):
-    """Two parameters of the module and its eps; there are no children to skip."""
+    """Two parameters of the module and its eps; there are no children to skip. eps: None: an attribute of the module"""
 
     __slots__ = ("eps", "parameters")
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module, (), ("eps",))
+    def __init__(self, module: nn.Module, eps: float | None = None) -> None:
+        super().__init__(module, (), ("eps",) if eps is None else ())
         self.parameters = self.weights("the module", module)
-        self.eps: float = vars(module)["eps"]
+        self.eps: float = vars(module)["eps"] if eps is None else eps
 
     def run(
         self, x: Tensor, residual: Tensor | None = None, epilogue: str = "identity", epilogue_slope: float = 0.01
