@@ -103,7 +103,10 @@ class CbamPlan(DeepPlan):
         self.gate = "sigmoid"
         if parts.gate is not None:
             self.gate, _ = activation(self, parts.gate, self.skip(module, parts.gate), gates)
-        self.conv, self.norm, self.conv_gate, self.dims = None, None, "sigmoid", None
+        self.conv: dict[str, Any] | None = None
+        self.norm: dict[str, Any] | None = None
+        self.dims: int | None = None
+        self.conv_gate = "sigmoid"
         if parts.conv is None:
             return
         self._convolution(module, parts)
@@ -212,7 +215,8 @@ class CbamPlan(DeepPlan):
                 z = convolve(q, weight.to(q.dtype), bias, 1, padding, dilation)  # type: ignore[union-attr]
             statistics: tuple[Tensor, ...] = ()
             if normed:
-                z, statistics = norms.normalise(z, *norm, eps)
+                scale, shift, mean, var = norm
+                z, statistics = norms.normalise(z, scale, shift, mean, var, eps)
             return activations.apply(gate, z).squeeze(1), *statistics
 
         return excite
