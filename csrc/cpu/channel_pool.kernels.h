@@ -109,6 +109,8 @@ FA_INLINE void pool_run(const T* p, int64_t n, Acc<T>* total, Acc<T>* most, int6
   for (;;) {
     const int64_t stop = std::min<int64_t>(n, i + 4096);
     for (; i + 4 * W <= stop; i += 4 * W) {
+      FA_UNROLL
+      for (int64_t j = 0; j < 4; ++j) soon(p + i + j * W);
       const V v0 = load<V>(p + i), v1 = load<V>(p + i + W), v2 = load<V>(p + i + 2 * W), v3 = load<V>(p + i + 3 * W);
       t[0] = t[0] + addend<K>(v0), t[1] = t[1] + addend<K>(v1), t[2] = t[2] + addend<K>(v2),
       t[3] = t[3] + addend<K>(v3);

@@ -85,6 +85,33 @@ void pool_chunk(const Map& x, int64_t n, Range c, const Acc<T>* gate, Acc<T>* to
   }
 }
 
+// The maxima of a later chunk of channels, into those of the chunks before it.
+template <class A, bool Index>
+struct MergeTops {
+  const A* from;
+  A* to;
+  const Integer<A>* from_where;
+  Integer<A>* where;
+  template <class V>
+  FA_INLINE void at(int64_t s) {
+    const V v = get<V>(from + s), m = get<V>(to + s);
+    const auto better = beats(v, m);
+    put<V>(to + s, select(better, v, m));
+    if constexpr (Index) {
+      Integer<V> a, b;
+      std::memcpy(&a, from_where + s, sizeof(a));
+      std::memcpy(&b, where + s, sizeof(b));
+      b = select(better, a, b);
+      std::memcpy(where + s, &b, sizeof(b));
+    }
+  }
+};
+template <class A, bool Index>
+void merge_tops(const A* from, A* to, const Integer<A>* from_where, Integer<A>* where, int64_t n) {
+  MergeTops<A, Index> f{from, to, from_where, where};
+  each<A>(n, f);
+}
+
 // Pixels [pixels.begin, pixels.end), numbered n·S + s, of maps whose channels lie side by side.
 template <class T, Pool K, bool Index>
 void pool_columns(const Map& x, Range pixels, const Acc<T>* gate, Acc<T>* total, Acc<T>* most, Integer<Acc<T>>* where) {
