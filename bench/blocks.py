@@ -12,6 +12,7 @@ forward runs in evaluation and inference mode; forward+backward in training, wit
 import argparse
 import copy
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,9 +116,9 @@ def _psa(c: int) -> Pair:
 
 def _timm(name: str, **options: Any) -> Callable[[int], Pair]:
     def make(c: int) -> Pair:
-        import timm.layers
+        from timm import layers
 
-        return _converted(getattr(timm.layers, name)(c, **options))
+        return _converted(operator.attrgetter(name)(layers)(c, **options))
 
     return make
 
@@ -159,7 +160,7 @@ CONTESTS = {
     for c in (
         Contest("SE (timm)", _timm("SEModule"), needs="timm"),
         Contest("ECA (timm)", _timm("EcaModule"), needs="timm"),
-        Contest("CBAM (timm)", _timm("CbamModule"), needs="timm"),
+        Contest("CBAM (timm)", _timm("cbam.CbamModule"), needs="timm"),
         Contest("CBAM (pytorchcv)", _pytorchcv("cbamresnet", "CbamBlock"), needs="pytorchcv"),
         Contest("BAM (pytorchcv)", _pytorchcv("bamresnet", "BamBlock"), needs="pytorchcv"),
         Contest(
@@ -288,15 +289,19 @@ class Job:
 
 
 def floors(rows: Sequence[Row]) -> list[Floor]:
-    """The floors, from the rows of one or more runs: the best counts."""
+    """The floors of what was measured, from the rows of one or more runs: the best counts."""
     label = f"{AT[0]}x{AT[1]}x{AT[2]}x{AT[2]}"
     times: dict[tuple[str, str, str, int], dict[str, float]] = {}
     for r in rows:
         if r.case == label and r.dtype == "float32" and r.median_us is not None:
             times.setdefault((r.op, r.layout, r.mode, r.run), {})[r.impl] = r.median_us
     found = []
+    asked = {(r.op, r.layout, r.mode) for r in rows}
+    rivalled = any(r.impl in INDUCTORS for r in rows)
     for (name, layout), wanted in FLOORS.items():
         for mode, floor in zip(MODES, wanted, strict=True):
+            if (name, layout, mode) not in asked:
+                continue
             groups = [t for (n, lay, m, _), t in times.items() if (n, lay, m) == (name, layout, mode) and "fused" in t]
             over = [g["eager"] / g["fused"] for g in groups if "eager" in g]
             rivals = [min(g[i] for i in INDUCTORS if i in g) / g["fused"] for g in groups if set(INDUCTORS) & set(g)]
@@ -304,6 +309,8 @@ def floors(rows: Sequence[Row]) -> list[Floor]:
             per = "not measured" if not over else " ".join(f"{v:.2f}" for v in over)
             if floor is not None:
                 found.append(Floor(where, floor, 1.5 * floor, max(over, default=None), per))
+            if not rivalled:
+                continue
             per = "not measured" if not rivals else " ".join(f"{v:.2f}" for v in rivals)
             found.append(Floor(f"{where}: the better Inductor", 1.0, None, max(rivals, default=None), per))
     return found

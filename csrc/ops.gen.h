@@ -665,6 +665,46 @@ inline constexpr const char* project_spelled_schema =
     "project_spelled(Tensor[] tensors, int mask) -> (Tensor, Tensor)";
 inline constexpr const char* project_options_schema = "project_options(int mask) -> int";
 
+struct plane_conv_options {
+  int64_t mask;
+};
+inline int64_t plane_conv_register(int64_t mask) {
+  return Table<plane_conv_options>::add({mask});
+}
+Tensor plane_conv_cpu(const Tensor& planes, const Tensor& weight, const std::optional<Tensor>& bias);
+inline Tensor plane_conv_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const plane_conv_options& o = Table<plane_conv_options>::at(options);
+  return plane_conv_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), optional(tensors, o.mask, 2));
+}
+inline constexpr const char* plane_conv_schema =
+    "plane_conv(Tensor[] tensors, int options) -> Tensor";
+inline Tensor plane_conv_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
+  return plane_conv_cpu(required(tensors, mask, 0), required(tensors, mask, 1), optional(tensors, mask, 2));
+}
+inline constexpr const char* plane_conv_spelled_schema =
+    "plane_conv_spelled(Tensor[] tensors, int mask) -> Tensor";
+inline constexpr const char* plane_conv_options_schema = "plane_conv_options(int mask) -> int";
+
+struct plane_conv_bwd_options {
+  int64_t mask;
+};
+inline int64_t plane_conv_bwd_register(int64_t mask) {
+  return Table<plane_conv_bwd_options>::add({mask});
+}
+std::tuple<Tensor, Tensor, Tensor> plane_conv_bwd_cpu(const Tensor& planes, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& bias);
+inline std::tuple<Tensor, Tensor, Tensor> plane_conv_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const plane_conv_bwd_options& o = Table<plane_conv_bwd_options>::at(options);
+  return plane_conv_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3));
+}
+inline constexpr const char* plane_conv_bwd_schema =
+    "plane_conv_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor> plane_conv_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask) {
+  return plane_conv_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3));
+}
+inline constexpr const char* plane_conv_bwd_spelled_schema =
+    "plane_conv_bwd_spelled(Tensor[] tensors, int mask) -> (Tensor, Tensor, Tensor)";
+inline constexpr const char* plane_conv_bwd_options_schema = "plane_conv_bwd_options(int mask) -> int";
+
 struct pool_conv_scale_options {
   int64_t mask;
   std::string act;

@@ -41,44 +41,111 @@ struct First {
   }
 };
 
-// Sums are put aside every 4096 elements, in double: a plane of millions loses no more than one of thousands.
+// Running maximum where nothing is NaN: one instruction. Of its place only the first of the `span` vectors taken
+// together is kept, and the element is looked for once, at the end.
+template <class V, bool Index>
+struct Peak {
+  V most;
+  Integer<V> base;
+
+  static FA_INLINE Peak start() { return {set<V>(-std::numeric_limits<Element<V>>::infinity()), Integer<V>{}}; }
+  FA_INLINE void take(V v, int64_t at) {
+    const auto better = v > most;
+    most = select(better, v, most);
+    if constexpr (Index) base = select(better, Integer<V>{} + Integer<Element<V>>(at), base);
+  }
+};
+
+template <Pool K, class V>
+FA_INLINE V addend(V v) {
+  if constexpr (K == Pool::mean_abs)
+    return select(v < V{}, -v, v);
+  else
+    return v;
+}
+template <class V>
+FA_INLINE V higher(V a, V b) {
+  return select(a > b, a, b);
+}
+
+// Where `best` is first: in the part of the run that came in fours, else among the single vectors, else in the tail.
+template <class T, bool Index>
+FA_INLINE int64_t first_of(const T* p, int64_t n, Acc<T> best, const Peak<Vec<Acc<T>>, Index>& peak,
+                           const Peak<Vec<Acc<T>>, Index>& rest, int64_t whole, int64_t vectors) {
+  using A = Acc<T>;
+  constexpr int64_t W = width<A>;
+  int64_t at = n;
+  if (whole > 0) {
+    int64_t base = n;
+    for (int64_t l = 0; l < W; ++l)
+      if (peak.most[l] == best) base = std::min<int64_t>(base, peak.base[l]);
+    for (int64_t l = 0; l < W; ++l)
+      if (peak.most[l] == best && peak.base[l] == base)
+        for (int64_t k = base + l; k < base + 4 * W; k += W)
+          if (k < at && load<A>(p + k) == best) at = k;
+  }
+  if (at == n && vectors > whole)
+    for (int64_t l = 0; l < W; ++l)
+      if (rest.most[l] == best) at = std::min(at, std::max<int64_t>(rest.base[l], whole) + l);
+  for (int64_t k = vectors; at == n && k < n; ++k)
+    if (load<A>(p + k) == best) at = k;
+  return at;
+}
+
+// Adds the elements of a run, and finds their maximum if none is NaN.
+//
+// Sums are put aside every 4096 elements, in double: a plane of millions loses no more than one of thousands. A sum is
+// also how a NaN is noticed; then, and where infinities cancel, the run is searched for it, element by element.
 template <class T, Pool K, bool Index>
 FA_INLINE void pool_run(const T* p, int64_t n, Acc<T>* total, Acc<T>* most, int64_t* where) {
   using A = Acc<T>;
   using V = Vec<A>;
-  using I = Integer<V>;
   constexpr int64_t W = width<A>;
-  using R = Running<V, K, Index>;
-  R r[4] = {R::start(), R::start(), R::start(), R::start()};  // four chains hide the latency of an addition
-  const I lane = to_integer(lanes_from_zero<V>());
+  constexpr bool has = has_max(K);
+  V t[4] = {};  // four chains hide the latency of an addition
+  auto peak = Peak<V, Index>::start(), rest = Peak<V, Index>::start();
   int64_t i = 0;
   double aside = 0;
   for (;;) {
     const int64_t stop = std::min<int64_t>(n, i + 4096);
     for (; i + 4 * W <= stop; i += 4 * W) {
       FA_UNROLL
-      for (int64_t j = 0; j < 4; ++j) r[j].take(load<V>(p + i + j * W), lane + Integer<A>(i + j * W));
+      for (int64_t j = 0; j < 4; ++j) soon(p + i + j * W);
+      const V v0 = load<V>(p + i), v1 = load<V>(p + i + W), v2 = load<V>(p + i + 2 * W), v3 = load<V>(p + i + 3 * W);
+      t[0] = t[0] + addend<K>(v0), t[1] = t[1] + addend<K>(v1), t[2] = t[2] + addend<K>(v2),
+      t[3] = t[3] + addend<K>(v3);
+      if constexpr (has) peak.take(higher(higher(v0, v1), higher(v2, v3)), i);
     }
     if (n - i < 4 * W) break;
-    aside += sum((r[0].total + r[1].total) + (r[2].total + r[3].total));
-    r[0].total = r[1].total = r[2].total = r[3].total = V{};
+    aside += sum((t[0] + t[1]) + (t[2] + t[3]));
+    t[0] = t[1] = t[2] = t[3] = V{};
   }
-  for (; i + W <= n; i += W) r[0].take(load<V>(p + i), lane + Integer<A>(i));
-  auto tail = Running<A, K, Index>::start();
-  for (; i < n; ++i) tail.take(load<A>(p + i), Integer<A>(i));
-  if constexpr (K != Pool::max)
-    *total = A(aside + (sum((r[0].total + r[1].total) + (r[2].total + r[3].total)) + tail.total));
-  if constexpr (has_max(K) && Index) {
-    First<A> first;
-    for (const auto& part : r) first.template take_lanes<V, K>(part);
-    first.template take_lanes<A, K>(tail);
-    *most = first.most;
-    *where = first.where;
-  } else if constexpr (has_max(K)) {
-    const V m = larger(larger(r[0].most, r[1].most), larger(r[2].most, r[3].most));
-    A best = tail.most;
-    for (int64_t l = 0; l < W; ++l) best = larger<A>(m[l], best);
+  const int64_t whole = i;
+  for (; i + W <= n; i += W) {
+    const V v = load<V>(p + i);
+    t[0] = t[0] + addend<K>(v);
+    if constexpr (has) rest.take(v, i);
+  }
+  const int64_t vectors = i;
+  A tail = 0, highest = -std::numeric_limits<A>::infinity();
+  for (; i < n; ++i) {
+    const A v = load<A>(p + i);
+    tail += addend<K>(v);
+    if (has && v > highest) highest = v;
+  }
+  const A all = A(aside + (sum((t[0] + t[1]) + (t[2] + t[3])) + tail));
+  if constexpr (K != Pool::max) *total = all;
+  if constexpr (has) {
+    A best = highest;
+    for (int64_t l = 0; l < W; ++l) best = std::max(best, std::max(A(peak.most[l]), A(rest.most[l])));
+    int64_t at = 0;
+    if (all != all) {
+      for (int64_t k = 0; k < n && best == best; ++k)
+        if (const A v = load<A>(p + k); v != v) best = v, at = k;
+    }
+    if (Index && best == best) at = first_of<T>(p, n, best, peak, rest, whole, vectors);
     *most = best;
+    if constexpr (Index) *where = at;
   }
 }
 

@@ -44,24 +44,12 @@ std::unique_ptr<I[]> places_of(const Tensor& index, const Map& x) {
 template std::unique_ptr<int32_t[]> places_of(const Tensor&, const Map&);
 template std::unique_ptr<int64_t[]> places_of(const Tensor&, const Map&);
 
-template <class F>
-static void by_merge(Merge merge, const F& f) {
-  if (merge == Merge::product)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
-}
-
 template <class T>
 void scale_both(const Map& x, const Map& residual, const Map& y, const Gates<Acc<T>>& gates, Merge merge, Act act,
                 double slope, const Added<Acc<T>>& added) {
   const int64_t rows = x.n * (x.pixels ? x.s : x.c), length = x.pixels ? x.c : x.s;
-  by_merge(merge, [&](auto tag) {
-    constexpr bool P = decltype(tag)::value;
-    parallel_for(0, rows, grain(length), [&](int64_t b, int64_t e) {
-      FA_CALL(scale_rows, (T, P), x, residual, y, (Range{b, e}), gates.gate, gates.pixel, merge, act, Acc<T>(slope),
-              added);
-    });
+  parallel_for(0, rows, grain(length), [&](int64_t b, int64_t e) {
+    FA_CALL(scale_rows, (T), x, residual, y, (Range{b, e}), gates.gate, gates.pixel, merge, act, Acc<T>(slope), added);
   });
 }
 
@@ -76,21 +64,18 @@ static void dual(const Dual<T>& d) {
   const bool one = parts == 1;  // then the sums are written where they belong
   const auto totals = scratch<A>(total && !one ? x.n * parts * columns : 0);
   const auto counts = scratch<A>(seen && !one ? x.n * parts * columns : 0);
-  by_merge(d.merge, [&](auto tag) {
-    constexpr bool P = decltype(tag)::value;
-    parallel_for(0, x.n * parts, 1, [&](int64_t b, int64_t e) {
-      for (int64_t i = b; i < e; ++i) {
-        const int64_t n = i / parts, first = i % parts * chunk;
-        const Range rows{first, std::min(first + chunk, every)};
-        A* to = total ? (one ? total : totals.get()) + i * columns : nullptr;
-        A* counted = seen ? (one ? seen : counts.get()) + i * columns : nullptr;
-        constexpr bool S = Sums;
-        if (x.pixels)
-          FA_CALL(dual_pass, (T, P, S, false), d, n, rows, to, counted);
-        else
-          FA_CALL(dual_pass, (T, P, S, true), d, n, rows, to, counted);
-      }
-    });
+  parallel_for(0, x.n * parts, 1, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t n = i / parts, first = i % parts * chunk;
+      const Range rows{first, std::min(first + chunk, every)};
+      A* to = total ? (one ? total : totals.get()) + i * columns : nullptr;
+      A* counted = seen ? (one ? seen : counts.get()) + i * columns : nullptr;
+      constexpr bool S = Sums;
+      if (x.pixels)
+        FA_CALL(dual_pass, (T, S, false), d, n, rows, to, counted);
+      else
+        FA_CALL(dual_pass, (T, S, true), d, n, rows, to, counted);
+    }
   });
   if (one) return;
   for (int64_t n = 0; n < x.n; ++n) {

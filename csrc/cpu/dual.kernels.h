@@ -4,10 +4,15 @@ template <class V>
 struct Factor {
   V f, by_gate, by_pixel;  // f and its derivatives
 };
-// Product: the merge of networks that are in a hurry; the others share code that looks at `merge` as it goes.
-template <class V, bool Product>
+// Fast: a product, the merge of networks that are in a hurry; else code for all merges that looks at `merge` as it
+// goes. Compiling the fast form costs seconds for each instruction set and dtype, so float64 and the baseline have
+// none.
+template <class T>
+constexpr bool has_fast = FA_BYTES > 16 && !std::is_same_v<T, double>;
+
+template <class V, bool Fast>
 FA_INLINE Factor<V> factor_of(Merge merge, V gate, V pixel) {
-  if constexpr (Product) return {gate * pixel, pixel, gate};
+  if (Fast || merge == Merge::product) return {gate * pixel, pixel, gate};
   const bool product = merge == Merge::sigmoid_product;
   const V one = set<V>(1), both = product ? gate * pixel : gate + pixel;
   if (merge == Merge::sum) return {both, one, one};
@@ -16,7 +21,7 @@ FA_INLINE Factor<V> factor_of(Merge merge, V gate, V pixel) {
 }
 
 // y = act(x·f + residual) over a row.
-template <class T, bool Product, bool Planes>
+template <class T, bool Fast, bool Planes>
 struct ScaleRow {
   using A = Acc<T>;
   const T *x, *residual;
@@ -35,7 +40,7 @@ struct ScaleRow {
       if (residual) soon(residual + i);
     }
     const V g = Planes ? set<V>(*gate) : get<V>(gate + i), p = Planes ? get<V>(pixel + i) : set<V>(*pixel);
-    V v = load<V>(x + i) * factor_of<V, Product>(merge, g, p).f;
+    V v = load<V>(x + i) * factor_of<V, Fast>(merge, g, p).f;
     if (residual) v = v + load<V>(residual + i);
     if (channel) v = v + (Planes ? set<V>(*channel) : get<V>(channel + i));
     if (plane) v = v + (Planes ? set<V>(*weight) : get<V>(weight + i)) * (Planes ? get<V>(plane + i) : set<V>(*plane));
@@ -47,49 +52,59 @@ struct ScaleRow {
   }
 };
 
-template <class T, bool Product>
-void scale_rows(const Map& x, const Map& residual, const Map& y, Range rows, const Acc<T>* gate, const Acc<T>* pixel,
-                Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added) {
+template <class T, bool Fast>
+void scale_rows_as(const Map& x, const Map& residual, const Map& y, Range rows, const Acc<T>* gate, const Acc<T>* pixel,
+                   Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added) {
   const auto shift = [](const Acc<T>* p, int64_t by) { return p ? p + by : nullptr; };
   const bool stream = streams<T>(y);
   Place at(rows.begin, x.pixels ? x.s : x.c);
   for (int64_t r = rows.begin; r < rows.end; ++r, at.next()) {
     const int64_t n = at.outer, i = at.inner;
     if (x.pixels) {
-      ScaleRow<T, Product, false> f{x.pixel<const T>(n, i),
-                                    residual.data ? residual.pixel<const T>(n, i) : nullptr,
-                                    y.pixel<T>(n, i),
-                                    gate + n * x.c,
-                                    pixel + r,
-                                    shift(added.channel, n * x.c),
-                                    added.weight,
-                                    shift(added.plane, r),
-                                    merge,
-                                    act,
-                                    slope,
-                                    stream};
+      ScaleRow<T, Fast, false> f{x.pixel<const T>(n, i),
+                                 residual.data ? residual.pixel<const T>(n, i) : nullptr,
+                                 y.pixel<T>(n, i),
+                                 gate + n * x.c,
+                                 pixel + r,
+                                 shift(added.channel, n * x.c),
+                                 added.weight,
+                                 shift(added.plane, r),
+                                 merge,
+                                 act,
+                                 slope,
+                                 stream};
       each<Acc<T>>(x.c, f);
     } else {
-      ScaleRow<T, Product, true> f{x.plane<const T>(n, i),
-                                   residual.data ? residual.plane<const T>(n, i) : nullptr,
-                                   y.plane<T>(n, i),
-                                   gate + r,
-                                   pixel + n * x.s,
-                                   shift(added.channel, r),
-                                   shift(added.weight, i),
-                                   shift(added.plane, n * x.s),
-                                   merge,
-                                   act,
-                                   slope,
-                                   stream};
+      ScaleRow<T, Fast, true> f{x.plane<const T>(n, i),
+                                residual.data ? residual.plane<const T>(n, i) : nullptr,
+                                y.plane<T>(n, i),
+                                gate + r,
+                                pixel + n * x.s,
+                                shift(added.channel, r),
+                                shift(added.weight, i),
+                                shift(added.plane, n * x.s),
+                                merge,
+                                act,
+                                slope,
+                                stream};
       each<Acc<T>>(x.s, f);
     }
   }
   streamed(stream);
 }
 
+template <class T>
+void scale_rows(const Map& x, const Map& residual, const Map& y, Range rows, const Acc<T>* gate, const Acc<T>* pixel,
+                Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added) {
+  if constexpr (has_fast<T>) {
+    if (merge == Merge::product)
+      return scale_rows_as<T, true>(x, residual, y, rows, gate, pixel, merge, act, slope, added);
+  }
+  scale_rows_as<T, false>(x, residual, y, rows, gate, pixel, merge, act, slope, added);
+}
+
 // R rows side by side, so that the arrays over columns are loaded and stored once for them.
-template <class T, bool Product, Job J, bool Planes, int R>
+template <class T, bool Fast, Job J, bool Planes, int R>
 struct Rows {
   using A = Acc<T>;
   using I = Integer<A>;
@@ -135,29 +150,24 @@ struct Rows {
       return to_integer(lanes_from_zero<V>()) + I(i) == Integer<V>{} + place[j];
     }
   }
-  // dx before the maxima of channels that go to one pixel.
+  // dx before the maxima of channels that go to one pixel. A maximum's share is multiplied by 0 where it isn't, as
+  // autograd's mask is: a share that isn't finite is shown by all that competed for it, and so is a maximum that is
+  // NaN, which equals nothing and whose share is divided by 0.
   template <class V>
   FA_INLINE V applied(int j, int64_t i, V v, V& h) const {
-    V out;
-    if constexpr (Product) {
-      const V g = of<true, V>(gate, j, i), p = of<false, V>(pixel, j, i);
-      h = dy[j] ? gradient<V>(v, g * p, j, i) * p : V{};
-      if (mean) h = h + of<false, V>(mean, j, i);
-      if (share) {
-        const V m = of<false, V>(top, j, i), part = of<false, V>(share, j, i);
-        h = h + select(v * g == m, part, select(m == m, V{}, m));  // NaN where the maximum is: nothing equals it
-      }
-      if (first) h = h + select(chosen<V>(j, i), of<false, V>(first, j, i), V{});
-      out = h * g;
-    } else {
-      const auto f = factor_of<V, false>(merge, of<true, V>(gate, j, i), of<false, V>(pixel, j, i)).f;
-      h = gradient<V>(v, f, j, i);
-      out = h * f;
+    const V g = of<true, V>(gate, j, i), p = of<false, V>(pixel, j, i);
+    h = dy[j] ? gradient<V>(v, g * p, j, i) * p : V{};
+    if (mean) h = h + of<false, V>(mean, j, i);
+    if (share) {
+      const V part = of<false, V>(share, j, i);
+      h = h + select(v * g == of<false, V>(top, j, i), part, part * 0);
     }
+    if (first) h = h + select(chosen<V>(j, i), of<false, V>(first, j, i), V{});
+    V out = h * g;
     if (add) out = out + of<true, V>(add, j, i);
     if (split) {
-      const V m = of<true, V>(max, j, i), part = of<true, V>(split, j, i);
-      out = out + select(v == m, part, select(m == m, V{}, m));
+      const V part = of<true, V>(split, j, i);
+      out = out + select(v == of<true, V>(max, j, i), part, part * 0);
     }
     if (sign) {
       const V s = of<true, V>(sign, j, i);
@@ -189,7 +199,7 @@ struct Rows {
       }
       if constexpr (J == Job::sums) {
         const V v = reads ? load<V>(x[j] + i) : set<V>(1), g = of<true, V>(gate, j, i), p = of<false, V>(pixel, j, i);
-        const auto f = factor_of<V, Product>(merge, g, p);
+        const auto f = factor_of<V, Fast>(merge, g, p);
         const V e = gradient<V>(v, f.f, j, i), t = e * v, by_gate = t * f.by_gate, by_pixel = t * f.by_pixel;
         by_row = by_row + (Planes ? by_gate : by_pixel);
         column = column + (Planes ? by_pixel : by_gate);
@@ -249,12 +259,11 @@ struct Rows {
   }
 };
 
-template <class T, bool Product, Job J, bool Planes, int R>
-FA_INLINE Rows<T, Product, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64_t row, Acc<T>* total,
-                                                 Acc<T>* seen) {
+template <class T, bool Fast, Job J, bool Planes, int R>
+FA_INLINE Rows<T, Fast, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64_t row, Acc<T>* total, Acc<T>* seen) {
   using A = Acc<T>;
   const Map& x = d.x;
-  Rows<T, Product, J, Planes, R> f;
+  Rows<T, Fast, J, Planes, R> f;
   const auto at = [&](const Map& m, int j) -> const T* {
     if (!m.data) return nullptr;
     return Planes ? m.plane<const T>(n, row + j) : m.pixel<const T>(n, row + j);
@@ -285,7 +294,7 @@ FA_INLINE Rows<T, Product, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, in
 }
 
 // Rows [rows.begin, rows.end) of sample n; sums over columns go to total and seen, where those are wanted.
-template <class T, bool Product, Job J, bool Planes>
+template <class T, Job J, bool Planes>
 void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen) {
   using A = Acc<T>;
   const int64_t columns = Planes ? d.x.s : d.x.c, every = Planes ? d.x.c : d.x.s;
@@ -296,16 +305,17 @@ void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* s
   A* more = Planes ? d.count : d.shared;
   int64_t r = rows.begin;
   const auto to = [&](A* p) { return p ? p + n * every + r : nullptr; };
-  constexpr int64_t R = Product ? 4 : 1;
-  for (; R > 1 && r + R <= rows.end; r += R)
-    rows_at<T, Product, J, Planes, R>(d, n, r, total, seen).run(columns, to(by_row), to(more));
-  for (; r < rows.end; ++r) rows_at<T, Product, J, Planes, 1>(d, n, r, total, seen).run(columns, to(by_row), to(more));
+  if constexpr (has_fast<T>) {
+    for (; d.merge == Merge::product && r + 4 <= rows.end; r += 4)
+      rows_at<T, true, J, Planes, 4>(d, n, r, total, seen).run(columns, to(by_row), to(more));
+  }
+  for (; r < rows.end; ++r) rows_at<T, false, J, Planes, 1>(d, n, r, total, seen).run(columns, to(by_row), to(more));
   if constexpr (J == Job::apply) {
     streamed(d.dx.data && streams<T>(d.dx));
     if (!d.back.first || !d.dx.data) return;
     // Few elements: what their passing wrote is computed again, so that it isn't rounded twice.
     const auto add = [&](int64_t row, int64_t column, int64_t c) {
-      const auto f = rows_at<T, Product, J, Planes, 1>(d, n, row, nullptr, nullptr);
+      const auto f = rows_at<T, false, J, Planes, 1>(d, n, row, nullptr, nullptr);
       A h;
       const A v = f.reads ? load<A>(f.x[0] + column) : A(0);
       f.dx[0][column] = static_cast<T>(f.template applied<A>(0, column, v, h) + d.back.first[n * d.x.c + c]);
@@ -320,7 +330,7 @@ void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* s
   }
 }
 
-template <class T, bool Product, bool Sums, bool Planes>
+template <class T, bool Sums, bool Planes>
 void dual_pass(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen) {
-  dual_rows<T, Product, Sums ? Job::sums : Job::apply, Planes>(d, n, rows, total, seen);
+  dual_rows<T, Sums ? Job::sums : Job::apply, Planes>(d, n, rows, total, seen);
 }

@@ -32,15 +32,15 @@ static void planes_as(const Map& x, const Acc<T>* gate, Acc<T>* total, Acc<T>* m
     });
     for (int64_t n = 0; n < x.n; ++n) {
       if constexpr (K != Pool::max) add_runs(sums.get() + n * parts * x.s, parts, x.s, total + n * x.s);
-      if constexpr (has_max(K))
-        for (int64_t j = 0; j < parts; ++j)
-          for (int64_t s = 0; s < x.s; ++s) {
-            const int64_t from = (n * parts + j) * x.s + s, to = n * x.s + s;
-            const A v = tops[from];
-            if (j && !(v > most[to] || (v != v && most[to] == most[to]))) continue;
-            most[to] = v;
-            if constexpr (Index) where[to] = found[from];
-          }
+      if constexpr (has_max(K)) {
+        A* const top = tops.get() + n * parts * x.s;
+        I* const at = found.get() + (Index ? n * parts * x.s : 0);
+        for (int64_t j = 1; j < parts; ++j)
+          FA_CALL(merge_tops, (A, Index), top + j * x.s, top, Index ? at + j * x.s : at, at, x.s);
+        std::copy_n(top, x.s, most + n * x.s);
+        if constexpr (Index)
+          for (int64_t s = 0; s < x.s; ++s) where[n * x.s + s] = at[s];
+      }
     }
   }
   if constexpr (K != Pool::max)

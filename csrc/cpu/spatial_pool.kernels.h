@@ -1,8 +1,9 @@
 #include "cpu/channel_pool.kernels.h"
 
 // Sum, maximum and its channel over the rows of planes, kept in arrays over S: eight rows at a time, so that the arrays
-// are loaded and stored once for them.
-template <class T, Pool K, bool Index, int R>
+// are loaded and stored once for them. NaN: whether it may meet one. Without, a maximum is one instruction, and the sum
+// of all that it saw tells whether it should have been careful.
+template <class T, Pool K, bool Index, bool NaN, int R>
 struct PoolChannels {
   using A = Acc<T>;
   const T* x[R];
@@ -10,6 +11,8 @@ struct PoolChannels {
   A *total, *most;
   Integer<A>* where;
   int64_t channel, ahead;
+  Vec<A> seen;
+  A seen_alone;
 
   template <class V>
   FA_INLINE void at(int64_t s) {
@@ -21,7 +24,22 @@ struct PoolChannels {
 #if defined(__GNUC__)
       if constexpr (is_vector<V>) __builtin_prefetch(x[j] + s + ahead, 0, 3);
 #endif
-      r.take(load<V>(x[j] + s) * set<V>(gate[j]), Integer<V>{} + Integer<A>(channel + j));
+      const V u = load<V>(x[j] + s) * set<V>(gate[j]);
+      const Integer<V> c = Integer<V>{} + Integer<A>(channel + j);
+      if constexpr (NaN || !has_max(K)) {
+        r.take(u, c);
+      } else {
+        r.total = r.total + u;
+        const auto better = u > r.most;
+        r.most = select(better, u, r.most);
+        if constexpr (Index) r.where = select(better, c, r.where);
+      }
+    }
+    if constexpr (!NaN && has_max(K)) {
+      if constexpr (is_vector<V>)
+        seen = seen + r.total;
+      else
+        seen_alone = seen_alone + r.total;
     }
     if constexpr (K != Pool::max) put<V>(total + s, get<V>(total + s) + r.total);
     if constexpr (has_max(K)) put<V>(most + s, r.most);
@@ -29,30 +47,69 @@ struct PoolChannels {
   }
 };
 
-template <class T, Pool K, bool Index, int R>
-FA_INLINE void pool_channels(const Map& x, int64_t n, int64_t c, const Acc<T>* gate, Acc<T>* total, Acc<T>* most,
-                             Integer<Acc<T>>* where) {
-  PoolChannels<T, K, Index, R> f;
+// Returns the sum of what was seen, of which only its being a number matters.
+template <class T, Pool K, bool Index, bool NaN, int R>
+FA_INLINE Acc<T> pool_channels(const Map& x, int64_t n, int64_t c, const Acc<T>* gate, Acc<T>* total, Acc<T>* most,
+                               Integer<Acc<T>>* where) {
+  PoolChannels<T, K, Index, NaN, R> f;
   for (int j = 0; j < R; ++j) f.x[j] = x.plane<const T>(n, c + j), f.gate[j] = gate[n * x.c + c + j];
-  f.total = total, f.most = most, f.where = where, f.channel = c;
+  f.total = total, f.most = most, f.where = where, f.channel = c, f.seen = Vec<Acc<T>>{}, f.seen_alone = 0;
   const int64_t step = R * x.sc;
   f.ahead = step * int64_t(sizeof(T)) <= 32768 ? step : 2048 / int64_t(sizeof(T));
   each<Acc<T>>(x.s, f);
+  return sum(f.seen) + f.seen_alone;
 }
 
-// A chunk of channels of one sample, into arrays over S.
+// A chunk of channels of one sample, into arrays over S; again where it turns out that something is NaN, or that
+// infinities cancel.
 template <class T, Pool K, bool Index>
 void pool_chunk(const Map& x, int64_t n, Range c, const Acc<T>* gate, Acc<T>* total, Acc<T>* most,
                 Integer<Acc<T>>* where) {
   using A = Acc<T>;
-  for (int64_t s = 0; s < x.s; ++s) {
-    if constexpr (K != Pool::max) total[s] = 0;
-    if constexpr (has_max(K)) most[s] = -std::numeric_limits<A>::infinity();
-    if constexpr (has_max(K) && Index) where[s] = Integer<A>(c.begin);
-  }
+  const auto start = [&] {
+    for (int64_t s = 0; s < x.s; ++s) {
+      if constexpr (K != Pool::max) total[s] = 0;
+      if constexpr (has_max(K)) most[s] = -std::numeric_limits<A>::infinity();
+      if constexpr (has_max(K) && Index) where[s] = Integer<A>(c.begin);
+    }
+  };
+  start();
+  A seen = 0;
   int64_t i = c.begin;
-  for (; i + 8 <= c.end; i += 8) pool_channels<T, K, Index, 8>(x, n, i, gate, total, most, where);
-  for (; i < c.end; ++i) pool_channels<T, K, Index, 1>(x, n, i, gate, total, most, where);
+  for (; i + 8 <= c.end; i += 8) seen += pool_channels<T, K, Index, false, 8>(x, n, i, gate, total, most, where);
+  for (; i < c.end; ++i) seen += pool_channels<T, K, Index, false, 1>(x, n, i, gate, total, most, where);
+  if constexpr (has_max(K)) {
+    if (seen == seen) return;
+    start();
+    for (i = c.begin; i < c.end; ++i) pool_channels<T, K, Index, true, 1>(x, n, i, gate, total, most, where);
+  }
+}
+
+// The maxima of a later chunk of channels, into those of the chunks before it.
+template <class A, bool Index>
+struct MergeTops {
+  const A* from;
+  A* to;
+  const Integer<A>* from_where;
+  Integer<A>* where;
+  template <class V>
+  FA_INLINE void at(int64_t s) {
+    const V v = get<V>(from + s), m = get<V>(to + s);
+    const auto better = beats(v, m);
+    put<V>(to + s, select(better, v, m));
+    if constexpr (Index) {
+      Integer<V> a, b;
+      std::memcpy(&a, from_where + s, sizeof(a));
+      std::memcpy(&b, where + s, sizeof(b));
+      b = select(better, a, b);
+      std::memcpy(where + s, &b, sizeof(b));
+    }
+  }
+};
+template <class A, bool Index>
+void merge_tops(const A* from, A* to, const Integer<A>* from_where, Integer<A>* where, int64_t n) {
+  MergeTops<A, Index> f{from, to, from_where, where};
+  each<A>(n, f);
 }
 
 // Pixels [pixels.begin, pixels.end), numbered n·S + s, of maps whose channels lie side by side.

@@ -74,7 +74,8 @@ class BamPlan(DeepPlan):
             for normed, eps, (act, slope) in layers:
                 p = linear(p)
                 if normed:
-                    p, more = norms.normalise(p, *(next(tensors) for _ in range(4)), eps)
+                    weight, bias, mean, var = (next(tensors) for _ in range(4))
+                    p, more = norms.normalise(p, weight, bias, mean, var, eps)
                     statistics += more
                 p = activations.apply(act, p, slope)
             return linear(p), *statistics
@@ -90,7 +91,7 @@ class BamPlan(DeepPlan):
         y, *statistics = out
         for norm, batch in zip(kept, statistics, strict=True):
             norms.keep(norm, batch, x.shape[0])
-        return y  # type: ignore[no-any-return]
+        return y
 
 
 def _layers(hidden: int) -> list[str]:
@@ -208,7 +209,7 @@ def _pytorchcv_plan(module: nn.Module) -> Plan:
         "sp_att": (f"{_CV}bamresnet.SpatialGate", "ddc2b222d7a0"),
     }
     found = vars(module)["_modules"].get("ch_att")
-    more = list(found.main_fcs._modules) if found is not None else []  # type: ignore[union-attr,operator]
+    more = list(found.main_fcs._modules) if found is not None else []
     inner |= {f"ch_att.main_fcs.{name}": dense for name in more}
     layers = ["ch_att.init_fc", *(f"ch_att.main_fcs.{name}" for name in more)]
     plan = BamPlan(

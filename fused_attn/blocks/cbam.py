@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import activations, dual_scale, pool_scale, shared_mlp
+from ..backend import forced
+from ..ops import activations, dual_scale, plane_conv, pool_scale, shared_mlp
 from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, register, renew
 from ..registry import Block, case
 from . import norms
@@ -110,7 +111,10 @@ class CbamPlan(DeepPlan):
         self.gate = "sigmoid"
         if parts.gate is not None:
             self.gate, _ = activation(self, parts.gate, self.skip(module, parts.gate), gates)
-        self.conv, self.norm, self.conv_gate, self.dims = None, None, "sigmoid", None
+        self.conv: dict[str, Any] | None = None
+        self.norm: dict[str, Any] | None = None
+        self.dims: int | None = None
+        self.conv_gate = "sigmoid"
         if parts.conv is None:
             return
         self._convolution(module, parts)
@@ -209,6 +213,7 @@ class CbamPlan(DeepPlan):
         light, flip, gate, convolve = self.parts.light, self.parts.flip, self.conv_gate, _CONV[self.dims - 1]
         padding, dilation, normed = self.padding, self.dilation, self.norm is not None
         eps = self.norm["eps"] if self.norm else 0.0
+        near = self.dims == 2 and dilation == (1, 1)  # what plane_conv takes, where it has a kernel
 
         def excite(q: Tensor, *rest: Tensor) -> Any:
             given = iter(rest)
@@ -218,10 +223,14 @@ class CbamPlan(DeepPlan):
             elif flip:
                 q = q.flip(1)
             bias = None if bias is None else bias.to(q.dtype)
-            z = convolve(q, weight.to(q.dtype), bias, 1, padding, dilation)  # type: ignore[union-attr]
+            if near and q.is_cpu and (torch.compiler.is_compiling() or forced() != "triton"):
+                z = plane_conv(q, weight, bias)
+            else:
+                z = convolve(q, weight.to(q.dtype), bias, 1, padding, dilation)  # type: ignore[union-attr]
             statistics: tuple[Tensor, ...] = ()
             if normed:
-                z, statistics = norms.normalise(z, *norm, eps)
+                scale, shift, mean, var = norm
+                z, statistics = norms.normalise(z, scale, shift, mean, var, eps)
             return activations.apply(gate, z).squeeze(1), *statistics
 
         return excite
@@ -480,7 +489,7 @@ Block(
     name="cbam",
     module=CBAM,
     paper="Woo et al., CBAM: Convolutional Block Attention Module, https://arxiv.org/abs/1807.06521",
-    ops=("dual_scale", "pool_scale", "shared_mlp"),
+    ops=("dual_scale", "plane_conv", "pool_scale", "shared_mlp"),
     rules=CBAM_RULES,
     cases=(
         case(args={"channels": 32}, x=(3, 32, 9, 8)),

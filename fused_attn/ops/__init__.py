@@ -8,6 +8,7 @@ from .dual_scale import dual_scale
 from .group_similarity_scale import group_similarity_scale
 from .map_scale import map_scale
 from .merge_scale import bam_scale, scse_scale
+from .plane_conv import plane_conv
 from .plane_gate_shuffle import plane_gate_shuffle
 from .pool_conv_scale import pool_conv_scale
 from .pool_mlp_scale import pool_mlp_scale
@@ -27,6 +28,7 @@ __all__ = [
     "dual_scale",
     "group_similarity_scale",
     "map_scale",
+    "plane_conv",
     "plane_gate_shuffle",
     "pool_conv_scale",
     "pool_mlp_scale",

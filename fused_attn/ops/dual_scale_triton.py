@@ -36,11 +36,12 @@ def dual_scale_gate(
     x: Tensor, e: Tensor, gate: Tensor, pixel: Tensor, dplanes: Tensor, planes: Tensor, places: Tensor, shared: Tensor,
     values: Tensor, act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    within = _within(x, dplanes, planes, places, shared, pool, ties)
+    mean, most, top, place = _within(x, dplanes, planes, places, shared, pool, ties)
     maxima = values if has_max(channel) and ties == "split" else None
     return apply(
-        x, e, gate, pixel, *within, None, None, maxima, None, act, slope, False, None, accumulator(x.dtype), True
-    )
+        x, e, gate, pixel, mean, most, top, place, None, None, maxima, None, act, slope, False, None,
+        accumulator(x.dtype), True,
+    )  # fmt: skip
 
 
 def dual_scale_apply(
@@ -48,13 +49,13 @@ def dual_scale_apply(
     dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor,
     act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> Tensor:  # fmt: skip
-    within = _within(x, dplanes, planes, places, shared, pool, ties)
+    mean, most, top, place = _within(x, dplanes, planes, places, shared, pool, ties)
     size = x[0, 0].numel() if x.numel() else 1
     dmean, dmax = (dpooled[0], dpooled[1]) if channel == "mean_max" else (dpooled, dpooled)
     split, first = has_max(channel) and ties == "split", has_max(channel) and ties == "first"
     dx = torch.empty_like(x)
     apply(
-        x, e, gate, pixel, *within, None if channel == "max" else dmean / size,
+        x, e, gate, pixel, mean, most, top, place, None if channel == "max" else dmean / size,
         (dmax / count if split else dmax) if has_max(channel) else None, values if split else None,
         index if first else None, act, slope, channel == "mean_abs", dx, None, reads_x(act, pool, channel, ties),
     )  # fmt: skip
