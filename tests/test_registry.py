@@ -102,7 +102,7 @@ def test_docstring_documents_every_argument(op):
 
 @pytest.mark.parametrize("op", BACKWARDS, ids=names)
 def test_backward_says_what_it_is(op):
-    assert re.match(r"(Gradient of `\w+`|First half|Second half)", op.__doc__)
+    assert re.match(r"(Gradient of `\w+`|(First|Second|Last) (half|pass) of the backward|Part of `\w+`)", op.__doc__)
 
 
 def test_backwards_are_reached(launches):
@@ -116,6 +116,9 @@ def test_backwards_are_reached(launches):
     ops.pool_scale(x, torch.sigmoid, pool="max", ties="first").sum().backward()
     ops.pool_soft_threshold(x, torch.sigmoid).sum().backward()
     ops.branch_softmax(x, excite=torch.sigmoid).sum().backward()
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    for block in (fused_attn.CBAM(16), fused_attn.BAM(16), fused_attn.SpatialChannelSE(16)):
+        block(x).sum().backward()
     assert set(OPS) == {op.name for op, _ in launches}
 
 

@@ -100,7 +100,7 @@ def dual_scale_gate(
     x: Tensor, e: Tensor, gate: Tensor, pixel: Tensor, dplanes: Tensor, planes: Tensor, places: Tensor, shared: Tensor,
     values: Tensor, act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Second pass: dgate (N, C), and how often each channel's maximum occurs (N, C), or empty.
+    """Second pass of the backward: dgate (N, C), and how often each channel's maximum occurs (N, C), or empty.
 
     act: "identity" where e is what the first pass wrote; dplanes: the spatial excite's gradient
     planes, shared: what `spatial_pool` and the first pass returned, for ties="split"; places: for ties="first"
@@ -151,7 +151,7 @@ def dual_scale_apply(
     dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor,
     act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> Tensor:  # fmt: skip
-    """Last pass: dx = gate·h + the channel pooling's gradient, spread."""
+    """Last pass of the backward: dx = gate·h + the channel pooling's gradient, spread."""
     h = _inner(x, e, gate, pixel, dplanes, planes, places, act, slope, pool, ties)
     stacked = torch.stack([values, values]) if channel == "mean_max" and ties == "split" else values
     back = pool_gradient(x, dpooled.to(h.dtype), stacked, index, channel, ties)

@@ -1,4 +1,4 @@
-"""Triton launchers of dual_scale's three passes; the kernels are pixel_triton's."""
+"""Triton launchers of dual_scale's three passes; the kernels are pixel_kernels's."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from ..layout import accumulator
 from .channel_pool import has_max
 from .dual_scale import reads_x
-from .pixel_triton import apply, sums
+from .pixel_kernels import apply, sums
 from .pool_scale import keeps_e
 
 

@@ -37,7 +37,7 @@ def _check_reduce(x: Tensor, dy: Tensor, gate: Tensor, pixel: Tensor, merge: str
 
 @op(check=_check_reduce, maps=("x", "dy"), budget=lambda *args: (2, 0))
 def merge_scale_reduce(x: Tensor, dy: Tensor, gate: Tensor, pixel: Tensor, merge: str) -> tuple[Tensor, Tensor]:
-    """dgate (N, C) and dpixel (N, *S) of `scale`, without dx."""
+    """First half of the backward: dgate (N, C) and dpixel (N, *S) of `scale`, without dx."""
     acc = accumulator(x.dtype)
     return gate_gradients(dy.to(acc) * x.to(acc), x, gate, pixel, merge)
 
@@ -59,7 +59,10 @@ def merge_scale_apply(
     dy: Tensor, other: Tensor | None, gate: Tensor, pixel: Tensor, dmean: Tensor, weight: Tensor | None,
     dplane: Tensor | None, merge: str,
 ) -> Tensor:  # fmt: skip
-    """dx = dy·f + dmean/S + weight·dplane + other; weight (C,), dplane (N, *S), other like dy, or None."""
+    """Second half of the backward: dx = dy·f + dmean/S + weight·dplane + other.
+
+    weight: (C,); dplane: (N, *S); other: like dy; or None
+    """
     acc = accumulator(dy.dtype)
     size = dy[0, 0].numel() if dy.numel() else 1
     dx = dy.to(acc) * factor(dy, gate, pixel, merge) + spread(dmean.to(acc) / size, dy)
@@ -75,7 +78,7 @@ def _check_project(x: Tensor, gate: Tensor, pixel: Tensor) -> None:
 
 @op(check=_check_project, budget=lambda *args: (1, 0))
 def project(x: Tensor, gate: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_s x·pixel (N, C) and Σ_c x·gate (N, *S), in the accumulation dtype, in one read of x."""
+    """Part of `scse_scale`: Σ_s x·pixel (N, C) and Σ_c x·gate (N, *S), in the accumulation dtype, in one read of x."""
     x = x.to(accumulator(x.dtype))
     return (x * over(pixel.to(x.dtype))).flatten(2).sum(-1), (x * spread(gate.to(x.dtype), x)).sum(1)
 

@@ -1,9 +1,9 @@
-"""Triton launchers of merge_scale's passes; the kernels are pixel_triton's."""
+"""Triton launchers of merge_scale's passes; the kernels are pixel_kernels's."""
 
 from torch import Tensor
 
 from ..layout import accumulator
-from .pixel_triton import scale, sums
+from .pixel_kernels import scale, sums
 
 
 def merge_scale_reduce(x: Tensor, dy: Tensor, gate: Tensor, pixel: Tensor, merge: str) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,8 @@ def plane_conv(planes: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """Convolves P planes to one of the same size, with stride 1 and zeros around them.
 
     planes: (N, P, H, W)
-    weight: (1, P, K, L), K and L odd; bias: (1,) or None
+    weight: (1, P, K, L), K and L odd
+    bias: (1,) or None
 
     Returns (N, 1, H, W): float32 for half-precision planes, else the planes' dtype.
     Raises ValueError or TypeError, naming the argument, for shapes that don't fit.

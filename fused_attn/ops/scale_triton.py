@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import tile
 from ..layout import accumulator
-from . import pixel_triton
+from . import pixel_kernels
 from .activations import FROM_OUTPUT
 
 
@@ -151,7 +151,7 @@ def scale(
     x: Tensor, gate: Tensor | None, residual: Tensor | None, pixel: Tensor | None, act: str, slope: float, merge: str
 ) -> Tensor:
     if pixel is not None or gate is None or merge.startswith("sigmoid"):
-        return pixel_triton.scale(x, gate, residual, pixel, act, slope, merge)
+        return pixel_kernels.scale(x, gate, residual, pixel, act, slope, merge)
     y = torch.empty_like(x)
     w = tile.walk(x, residual, y)
     strides = [step for pair in w.strides for step in pair]
@@ -170,7 +170,7 @@ def scale_bwd(
     dresidual = torch.empty_like(x) if residual and act != "identity" else None
     if pixel is not None or gate is None or merge.startswith("sigmoid"):
         dtypes = gate if gate is None else gate.dtype, pixel if pixel is None else pixel.dtype
-        dgate, dpixel, _ = pixel_triton.sums(x, dy, aux, gate, pixel, None, act, slope, merge, dresidual, dx, *dtypes)
+        dgate, dpixel, _ = pixel_kernels.sums(x, dy, aux, gate, pixel, None, act, slope, merge, dresidual, dx, *dtypes)
         return dx, dgate, none if dresidual is None else dresidual, dpixel
     dgate, _ = backward_sums(x, dy, gate, aux, None, gate.dtype, act, slope, dresidual, dx)
     return dx, dgate, none if dresidual is None else dresidual, none

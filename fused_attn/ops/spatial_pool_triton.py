@@ -1,7 +1,7 @@
 """Triton kernels of pooling over channels.
 
     forward   Σ_c x·gate, max_c x·gate and its first channel    reads x once
-    backward  dx = gate·h, dgate = Σ_s x·h                      pixel_triton's apply, after a count of tied maxima
+    backward  dx = gate·h, dgate = Σ_s x·h                      pixel_kernels's apply, after a count of tied maxima
 
 A maximum is NaN where there is one, and its channel the first NaN, as in torch.max.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import tile
 from ..layout import accumulator
 from .channel_pool import has_max
-from .pixel_triton import apply, per_channel, per_pixel, spot, walk
+from .pixel_kernels import apply, per_channel, per_pixel, spot, walk
 
 
 @triton.jit
