@@ -37,6 +37,7 @@ class ConvPlan(Plan):
     """
 
     __slots__ = ("act", "circular", "conv", "first", "gate", "slope")
+    dim = 4  # of the maps that timm's modules take: (N, C, H, W)
 
     def __init__(
         self,
