@@ -100,12 +100,12 @@ def test_the_sample_holds_every_class(library: str, looked: dict) -> None:
 def test_a_class_without_a_rule_is_listed() -> None:
     """And a gate that isn't fused makes the share fall: the figures aren't what the table wants to see."""
     found("timm")
-    from timm.layers import EcaModule, SEModule
+    from timm.layers import GlobalContext, SEModule
 
-    model = nn.Sequential(SEModule(16), EcaModule(16), SEModule(16, act_layer=nn.Tanh))
+    model = nn.Sequential(SEModule(16), GlobalContext(16), SEModule(16, act_layer=nn.Tanh))
     seen = coverage.look(model)
     assert [(mechanism, part, reason is None) for mechanism, _, part, reason in seen] == [
-        ("squeeze_excite", "gate", True), ("squeeze_excite", "gate", False), ("ECA", "not yet", True),
+        ("squeeze_excite", "gate", True), ("squeeze_excite", "gate", False), ("GCNet", "not yet", True),
     ]  # fmt: skip
 
 

@@ -322,7 +322,6 @@ def test_refused_for_a_reason() -> None:
     for build, expected in (
         (lambda: dicenet.DiceAttBlock(C, C), "returns the gate"),
         (lambda: fishnet.PreSEAttBlock(C, C), "returns the gate"),
-        (lambda: smp_modules.SCSEModule(C, 4), "depends on the position"),
         (lambda: monai.ChannelSELayer(2, C, acti_type_1="elu"), "ELU"),
         (lambda: monai.ChannelSELayer(2, C, acti_type_1=("swish", {"alpha": 2.0})), "Swish"),
         (lambda: att.SEBlock(C, out_activation=nn.Tanh()), "Tanh"),

@@ -36,7 +36,8 @@ class ConvPlan(Plan):
     pool: name of the child that computes the mean; None: forward does
     """
 
-    __slots__ = ("act", "circular", "conv", "dim", "first", "gate", "slope")
+    __slots__ = ("act", "circular", "conv", "first", "gate", "slope")
+    dim = 4  # of the maps that timm's modules take: (N, C, H, W)
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class ConvPlan(Plan):
         second = conv2 if conv2 is not None and children.get(conv2) is not None else None
         skipped = [name for name in (conv, act, second, gate) if name is not None]
         super().__init__(module, skipped, (pads,) if pads else ())
-        self.circular, self.dim = pads is not None, 4
+        self.circular = pads is not None
         width = vars_of(children[conv])["out_channels"] if second else 1
         self.first: dict[str, Any] | None = None
         if second:
