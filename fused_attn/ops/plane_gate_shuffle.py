@@ -216,7 +216,8 @@ def _bwd_budget(x: Tensor, dy: Tensor, aux: Tensor | None, *args: object) -> tup
     act, _, residual = args[-3:]
     again = act != "identity" and not residual
     # Where channels lie side by side, those of the first half share cache lines with those of the second.
-    half = 1 if again or layout(x) is None or layout(x).kind == "pixels" else 0.5  # type: ignore[union-attr]
+    apart = x.shape[2:].numel() > 1 and (kind := layout(x)) is not None and kind.kind == "planes"
+    half = 0.5 if apart and not again else 1
     return 3 + (aux is not None) + half, 1 + keeps_e(act, residual)  # type: ignore[return-value,arg-type]
 
 
