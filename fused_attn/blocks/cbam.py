@@ -223,7 +223,8 @@ class CbamPlan(DeepPlan):
             elif flip:
                 q = q.flip(1)
             bias = None if bias is None else bias.to(q.dtype)
-            if near and q.is_cpu and (torch.compiler.is_compiling() or forced() != "triton"):
+            # A compiler takes the derivative by functional transforms, in which an op isn't one that it can take.
+            if near and q.is_cpu and not torch.compiler.is_compiling() and forced() != "triton":
                 z = plane_conv(q, weight, bias)
             else:
                 z = convolve(q, weight.to(q.dtype), bias, 1, padding, dilation)  # type: ignore[union-attr]
