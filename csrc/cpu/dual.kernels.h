@@ -5,10 +5,10 @@ struct Factor {
   V f, by_gate, by_pixel;  // f and its derivatives
 };
 // Fast: a product, the merge of networks that are in a hurry; else code for all merges that looks at `merge` as it
-// goes. Compiling the fast form costs seconds for each instruction set and dtype, so float64 and the baseline have
-// none.
+// goes. Each fast form costs a second of compilation, so float64 and the baseline have none, and half precision only
+// where processors are that compute in it.
 template <class T>
-constexpr bool has_fast = FA_BYTES > 16 && !std::is_same_v<T, double>;
+constexpr bool has_fast = std::is_same_v<T, float> ? FA_BYTES > 16 : FA_BYTES > 32 && !std::is_same_v<T, double>;
 
 template <class V, bool Fast>
 FA_INLINE Factor<V> factor_of(Merge merge, V gate, V pixel) {
@@ -306,8 +306,9 @@ void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* s
   int64_t r = rows.begin;
   const auto to = [&](A* p) { return p ? p + n * every + r : nullptr; };
   if constexpr (has_fast<T>) {
-    for (; d.merge == Merge::product && r + 4 <= rows.end; r += 4)
-      rows_at<T, true, J, Planes, 4>(d, n, r, total, seen).run(columns, to(by_row), to(more));
+    constexpr int R = J == Job::sums ? 4 : 2;
+    for (; d.merge == Merge::product && r + R <= rows.end; r += R)
+      rows_at<T, true, J, Planes, R>(d, n, r, total, seen).run(columns, to(by_row), to(more));
   }
   for (; r < rows.end; ++r) rows_at<T, false, J, Planes, 1>(d, n, r, total, seen).run(columns, to(by_row), to(more));
   if constexpr (J == Job::apply) {

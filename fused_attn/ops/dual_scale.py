@@ -19,7 +19,7 @@ has no residual before it. Checked in float64 against autograd for every pooling
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -203,11 +203,47 @@ def dual_scale(
     excite_.check(channel_excite, channel_params)
     excite_.check(spatial_excite, spatial_params)
     recording = torch.is_grad_enabled() or torch.compiler.is_compiling()  # else nobody asks for places of maxima
-    y, *statistics = _Spanning.apply(
-        x, residual, recording, (channel_excite, spatial_excite), len(channel_params), channel, pool, ties, act, slope,
-        *channel_params, *spatial_params,
-    )  # fmt: skip
+    excites, split = (channel_excite, spatial_excite), len(channel_params)
+    params = (*channel_params, *spatial_params)
+    if not recording:
+        found = _forward(x, residual, False, excites, params, split, channel, pool, ties, act, slope)
+        y, statistics = found.y, found.statistics
+    else:
+        y, *statistics = _Spanning.apply(
+            x, residual, recording, excites, split, channel, pool, ties, act, slope, *params
+        )  # fmt: skip
     return (y, *statistics) if statistics else y
+
+
+class _Forward(NamedTuple):
+    """What the forward makes, in the order of the equations; index and places are empty where ties are split."""
+
+    y: Tensor
+    statistics: tuple[Tensor, ...]
+    p: Tensor
+    index: Tensor
+    gate: Tensor
+    q: Tensor
+    places: Tensor
+    pixel: Tensor
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, recording: bool, excites: tuple[Callable[..., Any], ...],
+    params: Sequence[Tensor], split: int, channel: str, pool: str, ties: str, act: str, slope: float,
+) -> _Forward:  # fmt: skip
+    nothing = x.new_empty(0, dtype=torch.int64)
+    first = has_max(channel) and ties == "first" and recording
+    out = channel_pool(x, channel, "first" if first else "split", first)
+    p, index = out if first else (out, nothing)
+    gate, statistics = excite_.run(excites[0], (p,), params[:split], x.shape[:2], "(N, C)", recording)
+    first = has_max(pool) and ties == "first" and recording
+    out = spatial_pool(x, gate, pool, "first" if first else "split", first)
+    q, places = out if first else (out, nothing)
+    shape = (x.shape[0], *x.shape[2:])
+    pixel, more = excite_.run(excites[1], (q,), params[split:], shape, "(N, *S)", recording)
+    y = scale(x, gate, residual, pixel, act, slope, "product")
+    return _Forward(y, (*statistics, *more), p, index, gate, q, places, pixel)
 
 
 class _Spanning(torch.autograd.Function):
@@ -218,24 +254,16 @@ class _Spanning(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, recording: bool, excites: tuple[Callable[..., Any], ...],
         split: int, channel: str, pool: str, ties: str, act: str, slope: float, *params: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        nothing = x.new_empty(0, dtype=torch.int64)
-        first = has_max(channel) and ties == "first" and recording
-        out = channel_pool(x, channel, "first" if first else "split", first)
-        p, index = out if first else (out, nothing)
-        gate, statistics = excite_.run(excites[0], (p,), params[:split], x.shape[:2], "(N, C)")
-        first = has_max(pool) and ties == "first" and recording
-        out = spatial_pool(x, gate, pool, "first" if first else "split", first)
-        q, places = out if first else (out, nothing)
-        shape = (x.shape[0], *x.shape[2:])
-        pixel, more = excite_.run(excites[1], (q,), params[split:], shape, "(N, *S)")
-        y = scale(x, gate, residual, pixel, act, slope, "product")
+        y, statistics, p, index, gate, q, places, pixel = _forward(
+            x, residual, recording, excites, params, split, channel, pool, ties, act, slope
+        )
         need = activations.needs_aux(act, residual is not None)
         aux = {"output": y, "residual": residual, None: None}[need]
         ctx.save_for_backward(x, gate, p, index, pixel, q, places, aux, *params)
         ctx.consts = excites, split, channel, pool, ties, act, slope, residual is not None
         ctx.backend = "auto" if torch.compiler.is_compiling() else forced()  # compiled code looks when it runs
-        ctx.mark_non_differentiable(*statistics, *more)
-        return y, *statistics, *more
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

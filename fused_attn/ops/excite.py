@@ -24,14 +24,20 @@ def check(excite: Any, params: Sequence[Tensor]) -> None:
 
 
 def run(
-    excite: Callable[..., Any], descriptors: Sequence[Tensor], params: Sequence[Tensor], shape: Sequence[int], what: str
+    excite: Callable[..., Any],
+    descriptors: Sequence[Tensor],
+    params: Sequence[Tensor],
+    shape: Sequence[int],
+    what: str,
+    recording: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The gate, and the statistics beside it, without a graph.
 
     shape, what: the gate's, and how to write it in a complaint
+    recording: whether gradients may be asked for; without, nobody misses a tensor that isn't in params
     Raises ValueError for a gate of another shape, or one that depends on a tensor which isn't in params.
     """
-    if torch.compiler.is_compiling():
+    if not recording or torch.compiler.is_compiling():
         gate, statistics = split(excite(*descriptors, *params))
         checks.shaped("excite's gate", gate, shape, what)
     else:
