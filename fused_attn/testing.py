@@ -28,7 +28,7 @@ from .registry import Case, Op
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Those that a compiled backend walks as they are, and those it may refuse: the op then copies, or falls back.
 WALKABLE = ("contiguous", "channels_last", "sliced", "sliced_channels_last")
-LAYOUTS = (*WALKABLE, "expanded", "repeated", "transposed")
+LAYOUTS = (*WALKABLE, "expanded", "spread", "transposed")
 
 
 def candidates(device: str = "cpu") -> tuple[str, ...]:
@@ -44,20 +44,19 @@ def missing(op: Op, backend: str) -> str | None:
 
 
 def arrange(values: Tensor, layout: str) -> Tensor:
-    """The same values, lying in memory as `layout` says (but "expanded" repeats one of them everywhere, and "repeated"
-    the first of each row).
+    """The same values, lying in memory as `layout` says (but "expanded" repeats one of them everywhere).
 
     layout: "contiguous" | "channels_last" (C innermost, any number of dimensions) | "sliced" and "sliced_channels_last"
         (every second sample and some channels of a larger tensor, at an odd storage offset; between them lie NaNs) |
-        "expanded" (all strides 0, as the gradient of a sum) | "repeated" (the last stride 0) |
+        "expanded" (all strides 0, as the gradient of a sum) | "spread" (with gaps between neighbours) |
         "transposed" (the last two dimensions swapped in memory)
     """
     if layout == "contiguous" or values.dim() == 0:
         return values.clone(memory_format=torch.contiguous_format)
     if layout == "expanded":
         return values.flatten()[:1].view((1,) * values.dim()).expand(values.shape) if values.numel() else values
-    if layout == "repeated":
-        return values.clone(memory_format=torch.contiguous_format)[..., :1].expand(values.shape)
+    if layout == "spread":
+        return torch.stack([values, torch.full_like(values, torch.nan)], -1)[..., 0]
     if layout == "transposed":
         first, last = (-2, -1) if values.dim() > 3 else (0, -1)
         return values.transpose(first, last).clone(memory_format=torch.contiguous_format).transpose(first, last)

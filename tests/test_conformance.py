@@ -115,13 +115,14 @@ def test_gradient_strides(backend, op, case, gradient):
         assert_true(op, args, got, layout)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "repeated"])
+@pytest.mark.parametrize("layout", ["transposed", "spread", "expanded"])
 @pytest.mark.parametrize(
     ("op", "case"), [pytest.param(op, case, id=f"{op.name}-{case}") for op in FORMULAS for case in small(op)]
 )
 def test_unwalkable_falls_back(op, case, layout):
-    """What no kernel walks is computed all the same. Rows of one value each, and not one value everywhere: what divides
-    by a standard deviation has nothing to say of a constant map."""
+    """What no kernel walks is computed all the same."""
+    if layout == "expanded" and op.name in ("plane_gate_shuffle", "group_similarity_scale"):
+        pytest.skip("divides by the standard deviation of a plane, which is 0 where all values are one")
     args = drawn(op, case, layout=layout)
     assert_true(op, args, testing.answer(op, args), layout)
 
