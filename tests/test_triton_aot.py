@@ -349,7 +349,7 @@ def test_wide_accesses_in_float32(caught):
     """The odd size, in the dtype of training without autocast."""
     x, gate = empty((2, 64, 7, 7), F32), empty((2, 64), F32)
     run("channel_pool", x, "mean", "split", False)
-    run("scale", x, gate, empty(x.shape, F32), "relu", 0.01)
+    run("scale", x, gate, empty(x.shape, F32), None, "relu", 0.01, "product")
     run(
         "pool_scale_reduce",
         x,
@@ -369,13 +369,13 @@ def test_wide_accesses_in_float32(caught):
 
 def test_a_slice_of_pixels_is_wide_too(caught):
     x = empty((2, 96, 7, 7), BF16, "pixels")[:, 32:]
-    run("scale", x, empty((2, 64), F32), None, "identity", 0.01)
+    run("scale", x, empty((2, 64), F32), None, None, "identity", 0.01, "product")
     assert_wide(caught[0], "sm_90", "a slice")
 
 
 def test_narrow_accesses_are_seen(caught):
     """The check can fail: 3·49 elements a sample leave no room for vectors."""
-    run("scale", empty((2, 3, 7, 7), BF16), empty((2, 3), F32), None, "identity", 0.01)
+    run("scale", empty((2, 3, 7, 7), BF16), empty((2, 3), F32), None, None, "identity", 0.01, "product")
     with pytest.raises(AssertionError, match="maps"):
         assert_wide(caught[0], "sm_90", "a narrow one")
 
@@ -383,7 +383,7 @@ def test_narrow_accesses_are_seen(caught):
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements(caught):
     """Offsets inside a sample are 32 bits where those suffice; samples are 64-bit addresses always."""
-    run("scale", empty((40, 1024, 256, 256), BF16), empty((40, 1024), F32), None, "identity", 0.01)
+    run("scale", empty((40, 1024, 256, 256), BF16), empty((40, 1024), F32), None, None, "identity", 0.01, "product")
     assert not caught.pop().meta["BIG"]
     for c, side in ((1024, 2048), (1, 2**16)):  # many rows, and one that by itself is too long
         map_launches(side, "planes", BF16, n=1, c=c)
