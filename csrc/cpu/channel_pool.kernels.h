@@ -68,7 +68,8 @@ FA_INLINE V higher(V a, V b) {
   return select(a > b, a, b);
 }
 
-// Where `best` is first: in the part of the run that came in fours, else among the single vectors, else in the tail.
+// Where `best` is first: in the part of the run that came in fours, else among the single vectors; n if it is in
+// neither.
 template <class T, bool Index>
 FA_INLINE int64_t first_of(const T* p, int64_t n, Acc<T> best, const Peak<Vec<Acc<T>>, Index>& peak,
                            const Peak<Vec<Acc<T>>, Index>& rest, int64_t whole, int64_t vectors) {
@@ -81,14 +82,12 @@ FA_INLINE int64_t first_of(const T* p, int64_t n, Acc<T> best, const Peak<Vec<Ac
       if (peak.most[l] == best) base = std::min<int64_t>(base, peak.base[l]);
     for (int64_t l = 0; l < W; ++l)
       if (peak.most[l] == best && peak.base[l] == base)
-        for (int64_t k = base + l; k < base + 4 * W; k += W)
-          if (k < at && load<A>(p + k) == best) at = k;
+        for (int64_t k = base + l; k < at; k += W)
+          if (k >= base + 3 * W || load<A>(p + k) == best) at = k;  // it is in one of the four
   }
   if (at == n && vectors > whole)
     for (int64_t l = 0; l < W; ++l)
       if (rest.most[l] == best) at = std::min(at, std::max<int64_t>(rest.base[l], whole) + l);
-  for (int64_t k = vectors; at == n && k < n; ++k)
-    if (load<A>(p + k) == best) at = k;
   return at;
 }
 
@@ -102,12 +101,14 @@ FA_INLINE void pool_run(const T* p, int64_t n, Acc<T>* total, Acc<T>* most, int6
   using V = Vec<A>;
   constexpr int64_t W = width<A>;
   constexpr bool has = has_max(K);
+  // In a short run three elements to look at again would be many: there each vector keeps its place.
+  const int64_t fours = has && Index && n < 16 * W ? 0 : n;
   V t[4] = {};  // four chains hide the latency of an addition
   auto peak = Peak<V, Index>::start(), rest = Peak<V, Index>::start();
   int64_t i = 0;
   double aside = 0;
   for (;;) {
-    const int64_t stop = std::min<int64_t>(n, i + 4096);
+    const int64_t stop = std::min<int64_t>(fours, i + 4096);
     for (; i + 4 * W <= stop; i += 4 * W) {
       FA_UNROLL
       for (int64_t j = 0; j < 4; ++j) soon(p + i + j * W);
@@ -116,7 +117,7 @@ FA_INLINE void pool_run(const T* p, int64_t n, Acc<T>* total, Acc<T>* most, int6
       t[3] = t[3] + addend<K>(v3);
       if constexpr (has) peak.take(higher(higher(v0, v1), higher(v2, v3)), i);
     }
-    if (n - i < 4 * W) break;
+    if (fours - i < 4 * W) break;
     aside += sum((t[0] + t[1]) + (t[2] + t[3]));
     t[0] = t[1] = t[2] = t[3] = V{};
   }
@@ -128,10 +129,11 @@ FA_INLINE void pool_run(const T* p, int64_t n, Acc<T>* total, Acc<T>* most, int6
   }
   const int64_t vectors = i;
   A tail = 0, highest = -std::numeric_limits<A>::infinity();
+  int64_t highest_at = vectors;
   for (; i < n; ++i) {
     const A v = load<A>(p + i);
     tail += addend<K>(v);
-    if (has && v > highest) highest = v;
+    if (has && v > highest) highest = v, highest_at = i;
   }
   const A all = A(aside + (sum((t[0] + t[1]) + (t[2] + t[3])) + tail));
   if constexpr (K != Pool::max) *total = all;
@@ -143,7 +145,10 @@ FA_INLINE void pool_run(const T* p, int64_t n, Acc<T>* total, Acc<T>* most, int6
       for (int64_t k = 0; k < n && best == best; ++k)
         if (const A v = load<A>(p + k); v != v) best = v, at = k;
     }
-    if (Index && best == best) at = first_of<T>(p, n, best, peak, rest, whole, vectors);
+    if (Index && best == best) {
+      at = first_of<T>(p, n, best, peak, rest, whole, vectors);
+      if (at == n) at = highest_at;
+    }
     *most = best;
     if constexpr (Index) *where = at;
   }
