@@ -40,7 +40,7 @@ SIDES = {49: 7, 196: 14, 784: 28, 3136: 56}
 MODULES = [
     importlib.import_module(f"fused_attn.ops.{m.name}")
     for m in pkgutil.iter_modules(fused_attn.ops.__path__)
-    if m.name.endswith("_triton")
+    if m.name.endswith(("_triton", "_kernels"))
 ]
 KERNELS = {
     name: value
@@ -303,9 +303,11 @@ def test_whole_planes(caught, size, kind, dtype):
 def maps_of(launch):
     """How many feature maps a launch loads and stores at least once."""
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    is_map = lambda name: isinstance(given.get(name), torch.Tensor) and given[name].dim() == 4
+    # What is pooled over channels or pixels, (N, 1 or 2, *S) or (N, C), is small beside a map.
+    pooled = {"mean_ptr", "max_ptr"}
+    is_map = lambda name: isinstance(given.get(name), torch.Tensor) and given[name].dim() == 4 and name not in pooled
     outs = {"y_ptr", "dx_ptr", "e_ptr", "dz_ptr", *(f"{name}{b}_ptr" for name in ("y", "dx") for b in range(1, 8))}
-    if launch.kernel.__name__ == "_pool_scale_apply_kernel":
+    if launch.kernel.__name__ in ("_pool_scale_apply_kernel", "_pixel_apply_kernel"):  # which read e
         outs.remove("e_ptr")
     return sum(is_map(n) for n in given if n not in outs), sum(is_map(n) for n in outs)
 

@@ -44,12 +44,13 @@ def walk(*maps: Tensor | None, along: str = "pixels") -> Walk:
     v = w.meta["V"] if w.b % w.meta["V"] == 0 else 1  # else rows start inside of a vector, and pixels don't line up
     two = triton.next_power_of_2
     channels_down = w.planes
+    elements = 1024 if v > 1 else 512  # an address for each element takes the registers of two
     if w.planes:
         rows = min(two(w.a), 64 if along == "pixels" else 16)
-        cols = min(two(w.b), 1024 // rows)
+        cols = min(two(w.b), elements // rows)
     else:
         cols = min(two(w.b), 128)
-        rows = min(two(w.a), 1024 // cols)
+        rows = min(two(w.a), elements // cols)
     down, across = triton.cdiv(w.a, rows), triton.cdiv(w.b, cols)
     owned_down = channels_down == (along == "pixels")
     blocks, tiles = (down, across) if owned_down else (across, down)
@@ -57,7 +58,7 @@ def walk(*maps: Tensor | None, along: str = "pixels") -> Walk:
     if along == "pixels" and w.n * blocks < 256:
         splits = max(1, min(triton.cdiv(512, max(w.n * blocks, 1)), tiles // 4))
     steps = triton.cdiv(tiles, splits)
-    warps = max(1, min(4, rows * cols // 256))
+    warps = max(1, min(4, rows * cols // (elements // 4)))
     meta = {**w.meta, "V": v, "ROWS": rows, "COLS": cols, "num_warps": warps}
     return Walk(w.planes, w.n, w.a, w.b, blocks, triton.cdiv(tiles, steps), steps,
                 [step for pair in w.strides for step in pair], meta)  # fmt: skip
