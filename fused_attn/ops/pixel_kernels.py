@@ -70,8 +70,12 @@ def walk(*maps: Tensor | None, along: str = "pixels", aligned: bool = True) -> W
 
 
 @triton.jit
-def spot(block, step, PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr):
+def spot(
+    block, step, PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BIG: tl.constexpr, CHANNELS: tl.constexpr
+):
     """Rows and columns of a tile. CHANNELS: whether `block` counts channels, and `step` pixels."""
+    if BIG:
+        block, step = block.to(tl.int64), tl.cast(step, tl.int64)
     down = block if PLANES == CHANNELS else step
     across = step if PLANES == CHANNELS else block
     return down * ROWS + tl.arange(0, ROWS)[:, None], across * COLS + tl.arange(0, COLS)[None, :]
@@ -190,7 +194,7 @@ def _pixel_sums_kernel(
     first = tl.program_id(1) * STEPS
     last = tl.minimum(first + STEPS, tl.cdiv(B, COLS) if PLANES else tl.cdiv(A, ROWS))
     for step in range(first, last):
-        a, col = spot(block, step, PLANES, ROWS, COLS, True)
+        a, col = spot(block, step, PLANES, ROWS, COLS, BIG, True)
         inside = (a < A) & (col < B)
         mask = (a < A) & (col // V * V < B)
         gate, pixel = None, None
@@ -257,7 +261,7 @@ def _pixel_apply_kernel(
     first = tl.program_id(1) * STEPS
     last = tl.minimum(first + STEPS, tl.cdiv(B + V - 1 if HEADS else B, COLS) if PLANES else tl.cdiv(A, ROWS))
     for step in range(first, last):
-        a, col = spot(block, step, PLANES, ROWS, COLS, True)
+        a, col = spot(block, step, PLANES, ROWS, COLS, BIG, True)
         head = a * 0
         if HEADS:
             head = a * B % V
