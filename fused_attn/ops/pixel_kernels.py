@@ -36,36 +36,46 @@ class Walk(NamedTuple):
     meta: dict[str, Any]
 
 
-def walk(*maps: Tensor | None, along: str = "pixels") -> Walk:
-    """along: what a program walks through; its block is of the other one, "" for a tile without a walk."""
+def walk(*maps: Tensor | None, along: str = "pixels", aligned: bool = True) -> Walk:
+    """along: what a program walks through; its block is of the other one.
+
+    aligned: whether a column must be one pixel, as sums over channels need it. Else rows may start inside of a vector.
+    """
     if not maps[0].numel():  # type: ignore[union-attr]
         maps = tuple(m if m is None else maps[0] for m in maps)  # whose strides may be anything
     w = tile.walk(*maps, sums=True)
-    v = w.meta["V"] if w.b % w.meta["V"] == 0 else 1  # else rows start inside of a vector, and pixels don't line up
+    heads = w.planes and w.b % w.meta["V"] != 0
+    v = 1 if heads and aligned else w.meta["V"]
+    heads = heads and not aligned
     two = triton.next_power_of_2
     channels_down = w.planes
+    elements = 1024 if v > 1 else 512  # an address for each element takes the registers of two
     if w.planes:
-        rows = min(two(w.a), 64 if along == "pixels" else 16)
-        cols = min(two(w.b), 1024 // rows)
+        rows = min(two(w.a), elements // 16 if along == "pixels" else 16)
+        cols = min(two(w.b), elements // rows)
     else:
         cols = min(two(w.b), 128)
-        rows = min(two(w.a), 1024 // cols)
-    down, across = triton.cdiv(w.a, rows), triton.cdiv(w.b, cols)
+        rows = min(two(w.a), elements // cols)
+    down, across = triton.cdiv(w.a, rows), triton.cdiv(w.b + (v - 1 if heads else 0), cols)
     owned_down = channels_down == (along == "pixels")
     blocks, tiles = (down, across) if owned_down else (across, down)
     splits = 1
     if along == "pixels" and w.n * blocks < 256:
         splits = max(1, min(triton.cdiv(512, max(w.n * blocks, 1)), tiles // 4))
     steps = triton.cdiv(tiles, splits)
-    warps = max(1, min(4, rows * cols // 256))
-    meta = {**w.meta, "V": v, "ROWS": rows, "COLS": cols, "num_warps": warps}
+    warps = max(1, min(4, rows * cols // (elements // 4)))
+    meta = {**w.meta, "V": v, "ROWS": rows, "COLS": cols, "num_warps": warps, **({} if aligned else {"HEADS": heads})}
     return Walk(w.planes, w.n, w.a, w.b, blocks, triton.cdiv(tiles, steps), steps,
                 [step for pair in w.strides for step in pair], meta)  # fmt: skip
 
 
 @triton.jit
-def spot(block, step, PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr):
+def spot(
+    block, step, PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BIG: tl.constexpr, CHANNELS: tl.constexpr
+):
     """Rows and columns of a tile. CHANNELS: whether `block` counts channels, and `step` pixels."""
+    if BIG:
+        block, step = block.to(tl.int64), tl.cast(step, tl.int64)
     down = block if PLANES == CHANNELS else step
     across = step if PLANES == CHANNELS else block
     return down * ROWS + tl.arange(0, ROWS)[:, None], across * COLS + tl.arange(0, COLS)[None, :]
@@ -87,6 +97,28 @@ def per_pixel(ptr, n, a, col, A, B, ACC: tl.constexpr, PLANES: tl.constexpr):
         return tl.load(ptr + n * B + col, mask=col < B, other=0).to(ACC)
     else:
         return tl.load(ptr + n * A + a, mask=a < A, other=0).to(ACC)
+
+
+@triton.jit
+def pixels(col, head, B, HEADS: tl.constexpr):
+    """The pixel in each column of planes: where rows start inside of a vector, those past a row's end are the next's.
+
+    Before a row's start are lanes of which nothing is kept; they get any pixel that there is.
+    """
+    if HEADS:
+        s = col - head
+        return tl.where(s < 0, 0, tl.where(s < B, s, s - B))
+    else:
+        return col
+
+
+@triton.jit
+def beside(ptr, n, a, col, head, A, B, ACC: tl.constexpr, PLANES: tl.constexpr, HEADS: tl.constexpr):
+    """`per_channel`, where rows may start inside of a vector."""
+    if HEADS:
+        return tile.pick(tile.channel(ptr, n, a, col, A, B, ACC, True), col, head, B, True, 2)
+    else:
+        return per_channel(ptr, n, a, col, A, B, ACC, PLANES)
 
 
 @triton.jit
@@ -128,21 +160,24 @@ def _pixel_scale_kernel(
     x_sn, x_sr, residual_sn, residual_sr, y_sn, y_sr,
     MERGE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     n, a, col, head = tile.spot(A, B, PLANES, ROWS, COLS, V, BIG)
     mask = tile.owned(a, col, head, A, B, V)
+    s = pixels(col, head, B, HEADS)
     gate, pixel = None, None
     if gate_ptr is not None:
-        gate = per_channel(gate_ptr, n, a, col, A, B, ACC, PLANES)
+        gate = beside(gate_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
     if pixel_ptr is not None:
-        pixel = per_pixel(pixel_ptr, n, a, col, A, B, ACC, PLANES)
+        pixel = per_pixel(pixel_ptr, n, a, s, A, B, ACC, PLANES)
     v = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC) * merged(gate, pixel, MERGE)
     if residual_ptr is not None:
         v += tl.load(tile.at(residual_ptr, n, a, col, residual_sn, residual_sr, V), mask=mask, other=0).to(ACC)
     if add_ptr is not None:
-        v += per_channel(add_ptr, n, a, col, A, B, ACC, PLANES)
+        v += beside(add_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
     if plane_ptr is not None:
-        v += per_channel(weight_ptr, 0, a, col, A, B, ACC, PLANES) * per_pixel(plane_ptr, n, a, col, A, B, ACC, PLANES)
+        weight = beside(weight_ptr, 0, a, col, head, A, B, ACC, PLANES, HEADS)
+        v += weight * per_pixel(plane_ptr, n, a, s, A, B, ACC, PLANES)
     y = tile.activate(v, ACT, SLOPE, None)
     tl.store(tile.at(y_ptr, n, a, col, y_sn, y_sr, V), y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -159,7 +194,7 @@ def _pixel_sums_kernel(
     first = tl.program_id(1) * STEPS
     last = tl.minimum(first + STEPS, tl.cdiv(B, COLS) if PLANES else tl.cdiv(A, ROWS))
     for step in range(first, last):
-        a, col = spot(block, step, PLANES, ROWS, COLS, True)
+        a, col = spot(block, step, PLANES, ROWS, COLS, BIG, True)
         inside = (a < A) & (col < B)
         mask = (a < A) & (col // V * V < B)
         gate, pixel = None, None
@@ -218,58 +253,66 @@ def _pixel_apply_kernel(
     index_ptr, dgate_ptr, count_ptr, dx_ptr, A, B, STEPS, BLOCKS, N, x_sn, x_sr, e_sn, e_sr, dx_sn, dx_sr,
     ABS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     n, block = tile.sample(BLOCKS)
     dgate = tl.zeros((ROWS, COLS), ACC)
     count = tl.zeros((ROWS, COLS), ACC)
     first = tl.program_id(1) * STEPS
-    last = tl.minimum(first + STEPS, tl.cdiv(B, COLS) if PLANES else tl.cdiv(A, ROWS))
+    last = tl.minimum(first + STEPS, tl.cdiv(B + V - 1 if HEADS else B, COLS) if PLANES else tl.cdiv(A, ROWS))
     for step in range(first, last):
-        a, col = spot(block, step, PLANES, ROWS, COLS, True)
-        inside = (a < A) & (col < B)
-        mask = (a < A) & (col // V * V < B)
+        a, col = spot(block, step, PLANES, ROWS, COLS, BIG, True)
+        head = a * 0
+        if HEADS:
+            head = a * B % V
+        inside, mask = tile.inside(a, col, head, A, B), tile.touched(a, col, head, A, B, V)
+        s = pixels(col, head, B, HEADS)  # columns of pixels are channels, and their own here
         x = tl.zeros((ROWS, COLS), ACC)
         if x_ptr is not None:
             x = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
         gate = 1.0
         if gate_ptr is not None:
-            gate = per_channel(gate_ptr, n, a, col, A, B, ACC, PLANES)
+            gate = beside(gate_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
         h = tl.zeros((ROWS, COLS), ACC)
         if e_ptr is not None:
-            pixel = per_pixel(pixel_ptr, n, a, col, A, B, ACC, PLANES)
+            pixel = per_pixel(pixel_ptr, n, a, s, A, B, ACC, PLANES)
             h += pixel * gradient(
                 e_ptr, None, x, gate * pixel, n, a, col, mask, e_sn, e_sr, 0, 0, ACT, SLOPE, False, ACC, V
             )
         if mean_ptr is not None:
-            h += per_pixel(mean_ptr, n, a, col, A, B, ACC, PLANES)
+            h += per_pixel(mean_ptr, n, a, s, A, B, ACC, PLANES)
         if most_ptr is not None:
-            most = per_pixel(most_ptr, n, a, col, A, B, ACC, PLANES)
+            most = per_pixel(most_ptr, n, a, s, A, B, ACC, PLANES)
             if place_ptr is not None:
-                c = a if PLANES else col
-                h += tl.where(c == per_pixel(place_ptr, n, a, col, A, B, tl.int64, PLANES), most, 0.0)
+                c = a + (col >= head + B).to(a.dtype) if HEADS else a if PLANES else col
+                h += tl.where(c == per_pixel(place_ptr, n, a, s, A, B, tl.int64, PLANES), most, 0.0)
             else:
                 # A product and not a choice: where the maximum is NaN nothing equals it, and 0·(dmax/0) says so.
-                h += (x * gate == per_pixel(top_ptr, n, a, col, A, B, ACC, PLANES)).to(ACC) * most
+                h += (x * gate == per_pixel(top_ptr, n, a, s, A, B, ACC, PLANES)).to(ACC) * most
         if dgate_ptr is not None:
             dgate += tl.where(inside, x * h, 0)
         if count_ptr is not None:
-            count += (inside & (x == per_channel(maxima_ptr, n, a, col, A, B, ACC, PLANES))).to(ACC)
+            count += (inside & (x == beside(maxima_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS))).to(ACC)
         if dx_ptr is not None:
             dx = h * gate
             if dmean_ptr is not None:
-                dmean = per_channel(dmean_ptr, n, a, col, A, B, ACC, PLANES)
+                dmean = beside(dmean_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
                 if ABS:
                     dx += dmean * ((x > 0).to(ACC) - (x < 0).to(ACC))
                 else:
                     dx += dmean
             if dmax_ptr is not None:
-                dmax = per_channel(dmax_ptr, n, a, col, A, B, ACC, PLANES)
+                dmax = beside(dmax_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
                 if index_ptr is not None:
-                    s = col if PLANES else a
-                    dx += tl.where(s == per_channel(index_ptr, n, a, col, A, B, tl.int64, PLANES), dmax, 0.0)
+                    dx += tl.where(
+                        (s if PLANES else a) == beside(index_ptr, n, a, col, head, A, B, tl.int64, PLANES, HEADS),
+                        dmax,
+                        0.0,
+                    )
                 else:
-                    dx += (x == per_channel(maxima_ptr, n, a, col, A, B, ACC, PLANES)).to(ACC) * dmax
-            tl.store(tile.at(dx_ptr, n, a, col, dx_sn, dx_sr, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                    dx += (x == beside(maxima_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)).to(ACC) * dmax
+            owned = tile.owned(a, col, head, A, B, V)
+            tl.store(tile.at(dx_ptr, n, a, col, dx_sn, dx_sr, V), dx.to(dx_ptr.dtype.element_ty), mask=owned)
     if dgate_ptr is not None:
         to, keep = _channels(n, block, A, B, N, PLANES, ROWS, COLS)
         tl.store(dgate_ptr + to, tl.sum(dgate, 1 if PLANES else 0).to(dgate_ptr.dtype.element_ty), mask=keep)
@@ -300,7 +343,7 @@ def scale(
 ) -> Tensor:  # fmt: skip
     """y = act(x·f + residual + add + weight·plane): add (N, C), weight (C,), plane (N, *S)."""
     y = torch.empty_like(x)
-    w = walk(x, residual, y)
+    w = walk(x, residual, y, aligned=False)
     blocks = triton.cdiv(w.a, w.meta["ROWS"]) * triton.cdiv(w.b + w.meta["V"] - 1 if w.planes else w.b, w.meta["COLS"])
     tile.launch(
         _pixel_scale_kernel, (w.n * blocks,), x, x, _dense(gate), _dense(pixel), residual,
@@ -344,7 +387,7 @@ def apply(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fills dx; dgate in the dtype given and the count of maxima beside it, empty where they aren't wanted."""
     read = x if reads else None
-    w = walk(x if dx is None else dx, read, e)
+    w = walk(x if dx is None else dx, read, e, aligned=False)
     strides = [*w.strides[2:], *(w.strides[:2] if dx is not None else (0, 0))]
     acc = accumulator(x.dtype)
     none, counted = x.new_empty(0), x.new_empty(0, dtype=acc)

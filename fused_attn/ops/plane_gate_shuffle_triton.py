@@ -289,6 +289,11 @@ def plane_gate_shuffle_bwd(
     given = (cweight, cbias, sweight, sbias, norm_weight, norm_bias)
     weights = _dense(given)
     kind, c, s, meta = held(x)
+    # Five maps, and logits: unlimited, ptxas takes 150 registers; and two elements in float64 take those of four.
+    meta |= tile.OPTIONS
+    if x.dtype == torch.float64:
+        narrow = "CH" if meta["CH"] > 1 else "SP"
+        meta[narrow] = max(1, meta[narrow] // 2)
     k = cweight.numel()
     tile.launch(
         _plane_gate_shuffle_bwd_kernel, (x.shape[0] * triton.cdiv(c, meta["CH"]),), x, x, dy, aux, kept, dx,

@@ -28,7 +28,7 @@ def _spatial_pool_kernel(
     best = tl.full((ROWS, COLS), float("-inf"), ACC)
     where = tl.full((ROWS, COLS), tile.LAST, tl.int32)
     for step in range(STEPS):
-        a, col = spot(block, step, PLANES, ROWS, COLS, False)
+        a, col = spot(block, step, PLANES, ROWS, COLS, BIG, False)
         inside = (a < A) & (col < B)
         mask = (a < A) & (col // V * V < B)
         x = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
@@ -64,7 +64,7 @@ def _count_top_kernel(
     n, block = tile.sample(BLOCKS)
     count = tl.zeros((ROWS, COLS), ACC)
     for step in range(STEPS):
-        a, col = spot(block, step, PLANES, ROWS, COLS, False)
+        a, col = spot(block, step, PLANES, ROWS, COLS, BIG, False)
         mask = (a < A) & (col // V * V < B)
         x = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
         if gate_ptr is not None:
