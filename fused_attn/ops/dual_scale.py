@@ -216,12 +216,12 @@ def dual_scale(
 
 
 class _Forward(NamedTuple):
-    """What the forward makes, in the order of the equations; index and places are empty where ties are split."""
+    """What the forward makes, in the order of the equations; the places of maxima are empty where ties are split."""
 
     y: Tensor
     statistics: tuple[Tensor, ...]
     p: Tensor
-    index: Tensor
+    within: Tensor
     gate: Tensor
     q: Tensor
     places: Tensor
