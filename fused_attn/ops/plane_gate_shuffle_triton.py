@@ -239,18 +239,21 @@ def held(x: Tensor, channels: int | None = None) -> tuple[str, int, int, dict[st
     found = layout(x)
     assert found is not None
     s = triton.next_power_of_2(found.s)
+    # A float64 takes two registers, and its divisions and exponentials many: fewer elements, as many threads.
+    double = x.dtype == torch.float64
+    elements = 512 if double else 1024 if channels is None else 2048
     if channels is not None:
         ch = triton.next_power_of_2(channels)
-        sp = min(s, max(4, 2048 // ch))
+        sp = min(s, max(4, elements // ch))
     elif found.kind == "planes":
-        sp = min(s, 1024)
-        ch = min(triton.next_power_of_2(found.c), 1024 // sp)
+        sp = min(s, elements)
+        ch = min(triton.next_power_of_2(found.c), elements // sp)
     else:
         ch = min(triton.next_power_of_2(found.c), 32)
-        sp = min(s, 1024 // ch)
-    warps = max(1, min(8, ch * sp // (4 * tile.WARP)))
+        sp = min(s, elements // ch)
+    warps = max(1, min(8, ch * sp // ((2 if double else 4) * tile.WARP)))
     acc = tile.ACC.get(x.dtype, tl.float32)
-    return found.kind, found.c, found.s, dict(ACC=acc, CH=ch, SP=sp, num_warps=warps, enable_fp_fusion=True)
+    return found.kind, found.c, found.s, dict(ACC=acc, CH=ch, SP=sp, num_warps=warps, **tile.OPTIONS)
 
 
 def launch_moments(x: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -289,11 +292,6 @@ def plane_gate_shuffle_bwd(
     given = (cweight, cbias, sweight, sbias, norm_weight, norm_bias)
     weights = _dense(given)
     kind, c, s, meta = held(x)
-    # Five maps, and logits: unlimited, ptxas takes 150 registers; and two elements in float64 take those of four.
-    meta |= tile.OPTIONS
-    if x.dtype == torch.float64:
-        narrow = "CH" if meta["CH"] > 1 else "SP"
-        meta[narrow] = max(1, meta[narrow] // 2)
     k = cweight.numel()
     tile.launch(
         _plane_gate_shuffle_bwd_kernel, (x.shape[0] * triton.cdiv(c, meta["CH"]),), x, x, dy, aux, kept, dx,
