@@ -40,7 +40,6 @@ NOT_YET = {
     "timm.layers.eca.CecaModule": "ECA",
     "timm.layers.cbam.CbamModule": "CBAM",
     "timm.layers.cbam.LightCbamModule": "CBAM",
-    "timm.layers.selective_kernel.SelectiveKernelAttn": "SK",
     "timm.layers.split_attn.SplitAttn": "ResNeSt",
     "timm.layers.global_context.GlobalContext": "GCNet",
     "timm.layers.gather_excite.GatherExcite": "GatherExcite",

@@ -162,7 +162,12 @@ def test_backends_mix(run):
         grads.append(torch.autograd.grad(y, wanted, testing.cotangent(y), allow_unused=True))
     for mixed in grads[1:]:
         for s, t in zip(mixed, grads[0], strict=True):
-            torch.testing.assert_close(s, t)
+            if t.dtype in (torch.float16, torch.bfloat16):
+                # A backend that writes the epilogue's gradient rounds it in between; where gradients cancel, that shows
+                # by the resolution of what cancels. How far each is from the truth, other tests say.
+                torch.testing.assert_close(s, t, rtol=1e-2, atol=torch.finfo(t.dtype).eps * float(t.abs().max()))
+            else:
+                torch.testing.assert_close(s, t)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
