@@ -31,7 +31,7 @@ SAMPLE = {
         "seresnet10", "sepreresnet10", "seresnext50_32x4d", "senet16", "mobilenetv3_small_w7d20", "ghostnet",
         "cgnet_cityscapes", "sinet_cityscapes", "fastseresnet101b", "cbam_resnet18", "bam_resnet18", "sknet50",
         "dicenet_wd5", "fishnet99",
-        "diaresnet10", "resattnet56",
+        "diaresnet10", "resattnet56", "resnesta18",
     ],
 }  # fmt: skip
 
