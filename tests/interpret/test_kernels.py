@@ -165,7 +165,8 @@ def test_backends_mix(run):
             if t.dtype in (torch.float16, torch.bfloat16):
                 # A backend that writes the epilogue's gradient rounds it in between; where gradients cancel, that shows
                 # by the resolution of what cancels. How far each is from the truth, other tests say.
-                torch.testing.assert_close(s, t, rtol=1e-2, atol=torch.finfo(t.dtype).eps * float(t.abs().max()))
+                fine = {torch.float16: 1e-3, torch.bfloat16: 1.6e-2}[t.dtype]  # as without this branch
+                torch.testing.assert_close(s, t, rtol=fine, atol=torch.finfo(t.dtype).eps * float(t.abs().max()))
             else:
                 torch.testing.assert_close(s, t)
 
