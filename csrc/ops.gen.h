@@ -57,6 +57,145 @@ inline constexpr const char* channel_pool_bwd_spelled_schema =
     "channel_pool_bwd_spelled(Tensor[] tensors, int mask, str pool, str ties) -> Tensor";
 inline constexpr const char* channel_pool_bwd_options_schema = "channel_pool_bwd_options(int mask, str pool, str ties) -> int";
 
+struct affine_apply_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+};
+inline int64_t affine_apply_register(int64_t mask, const std::string& act, double slope) {
+  return Table<affine_apply_options>::add({mask, act, slope});
+}
+Tensor affine_apply_cpu(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::optional<Tensor>& residual, const std::optional<Tensor>& gate, const std::string& act, double slope);
+inline Tensor affine_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const affine_apply_options& o = Table<affine_apply_options>::at(options);
+  return affine_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), o.act, o.slope);
+}
+inline constexpr const char* affine_apply_schema =
+    "affine_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor affine_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
+  return affine_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), act, slope);
+}
+inline constexpr const char* affine_apply_spelled_schema =
+    "affine_apply_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
+inline constexpr const char* affine_apply_options_schema = "affine_apply_options(int mask, str act, float slope) -> int";
+
+struct affine_apply_bwd_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  bool residual;
+};
+inline int64_t affine_apply_bwd_register(int64_t mask, const std::string& act, double slope, bool residual) {
+  return Table<affine_apply_bwd_options>::add({mask, act, slope, residual});
+}
+std::tuple<Tensor, Tensor, Tensor> affine_apply_bwd_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::optional<Tensor>& aux, const std::optional<Tensor>& gate, const std::string& act, double slope, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor> affine_apply_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const affine_apply_bwd_options& o = Table<affine_apply_bwd_options>::at(options);
+  return affine_apply_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), o.act, o.slope, o.residual);
+}
+inline constexpr const char* affine_apply_bwd_schema =
+    "affine_apply_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor> affine_apply_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, bool residual) {
+  return affine_apply_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), act, slope, residual);
+}
+inline constexpr const char* affine_apply_bwd_spelled_schema =
+    "affine_apply_bwd_spelled(Tensor[] tensors, int mask, str act, float slope, bool residual) -> (Tensor, Tensor, Tensor)";
+inline constexpr const char* affine_apply_bwd_options_schema = "affine_apply_bwd_options(int mask, str act, float slope, bool residual) -> int";
+
+struct moments_affine_apply_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+};
+inline int64_t moments_affine_apply_register(int64_t mask, const std::string& act, double slope) {
+  return Table<moments_affine_apply_options>::add({mask, act, slope});
+}
+Tensor moments_affine_apply_cpu(const Tensor& x, const std::optional<Tensor>& dy, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, const std::optional<Tensor>& centre, const std::optional<Tensor>& gate, const std::optional<Tensor>& spread, const std::optional<Tensor>& tilt, const std::optional<Tensor>& level, const std::optional<Tensor>& dvalues, const std::optional<Tensor>& index, const std::string& act, double slope);
+inline Tensor moments_affine_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const moments_affine_apply_options& o = Table<moments_affine_apply_options>::at(options);
+  return moments_affine_apply_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), o.act, o.slope);
+}
+inline constexpr const char* moments_affine_apply_schema =
+    "moments_affine_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor moments_affine_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
+  return moments_affine_apply_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), optional(tensors, mask, 10), act, slope);
+}
+inline constexpr const char* moments_affine_apply_spelled_schema =
+    "moments_affine_apply_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
+inline constexpr const char* moments_affine_apply_options_schema = "moments_affine_apply_options(int mask, str act, float slope) -> int";
+
+struct channel_moments_options {
+  int64_t mask;
+  bool extrema;
+};
+inline int64_t channel_moments_register(int64_t mask, bool extrema) {
+  return Table<channel_moments_options>::add({mask, extrema});
+}
+std::tuple<Tensor, Tensor> channel_moments_cpu(const Tensor& x, bool extrema);
+inline std::tuple<Tensor, Tensor> channel_moments_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const channel_moments_options& o = Table<channel_moments_options>::at(options);
+  return channel_moments_cpu(required(tensors, o.mask, 0), o.extrema);
+}
+inline constexpr const char* channel_moments_schema =
+    "channel_moments(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor channel_moments_infer_cpu(const Tensor& x, bool extrema);
+inline Tensor channel_moments_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const channel_moments_options& o = Table<channel_moments_options>::at(options);
+  return channel_moments_infer_cpu(required(tensors, o.mask, 0), o.extrema);
+}
+inline constexpr const char* channel_moments_infer_schema =
+    "channel_moments_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> channel_moments_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, bool extrema) {
+  return channel_moments_cpu(required(tensors, mask, 0), extrema);
+}
+inline constexpr const char* channel_moments_spelled_schema =
+    "channel_moments_spelled(Tensor[] tensors, int mask, bool extrema) -> (Tensor, Tensor)";
+inline constexpr const char* channel_moments_options_schema = "channel_moments_options(int mask, bool extrema) -> int";
+
+struct affine_pool_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+};
+inline int64_t affine_pool_register(int64_t mask, const std::string& act, double slope) {
+  return Table<affine_pool_options>::add({mask, act, slope});
+}
+Tensor affine_pool_cpu(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::string& act, double slope);
+inline Tensor affine_pool_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const affine_pool_options& o = Table<affine_pool_options>::at(options);
+  return affine_pool_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.act, o.slope);
+}
+inline constexpr const char* affine_pool_schema =
+    "affine_pool(Tensor[] tensors, int options) -> Tensor";
+inline Tensor affine_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
+  return affine_pool_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), act, slope);
+}
+inline constexpr const char* affine_pool_spelled_schema =
+    "affine_pool_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
+inline constexpr const char* affine_pool_options_schema = "affine_pool_options(int mask, str act, float slope) -> int";
+
+struct affine_pool_scale_reduce_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+};
+inline int64_t affine_pool_scale_reduce_register(int64_t mask, const std::string& act, double slope) {
+  return Table<affine_pool_scale_reduce_options>::add({mask, act, slope});
+}
+Tensor affine_pool_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::string& act, double slope);
+inline Tensor affine_pool_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const affine_pool_scale_reduce_options& o = Table<affine_pool_scale_reduce_options>::at(options);
+  return affine_pool_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), o.act, o.slope);
+}
+inline constexpr const char* affine_pool_scale_reduce_schema =
+    "affine_pool_scale_reduce(Tensor[] tensors, int options) -> Tensor";
+inline Tensor affine_pool_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
+  return affine_pool_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), act, slope);
+}
+inline constexpr const char* affine_pool_scale_reduce_spelled_schema =
+    "affine_pool_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
+inline constexpr const char* affine_pool_scale_reduce_options_schema = "affine_pool_scale_reduce_options(int mask, str act, float slope) -> int";
+
 struct branch_pool_options {
   int64_t mask;
   int64_t splits;
@@ -664,6 +803,29 @@ inline std::tuple<Tensor, Tensor> project_spelled_call(const std::vector<Tensor>
 inline constexpr const char* project_spelled_schema =
     "project_spelled(Tensor[] tensors, int mask) -> (Tensor, Tensor)";
 inline constexpr const char* project_options_schema = "project_options(int mask) -> int";
+
+struct moments_affine_reduce_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  bool residual;
+};
+inline int64_t moments_affine_reduce_register(int64_t mask, const std::string& act, double slope, bool residual) {
+  return Table<moments_affine_reduce_options>::add({mask, act, slope, residual});
+}
+std::tuple<Tensor, Tensor> moments_affine_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::optional<Tensor>& aux, const std::string& act, double slope, bool residual);
+inline std::tuple<Tensor, Tensor> moments_affine_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const moments_affine_reduce_options& o = Table<moments_affine_reduce_options>::at(options);
+  return moments_affine_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), o.act, o.slope, o.residual);
+}
+inline constexpr const char* moments_affine_reduce_schema =
+    "moments_affine_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> moments_affine_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, bool residual) {
+  return moments_affine_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), act, slope, residual);
+}
+inline constexpr const char* moments_affine_reduce_spelled_schema =
+    "moments_affine_reduce_spelled(Tensor[] tensors, int mask, str act, float slope, bool residual) -> (Tensor, Tensor)";
+inline constexpr const char* moments_affine_reduce_options_schema = "moments_affine_reduce_options(int mask, str act, float slope, bool residual) -> int";
 
 struct plane_conv_options {
   int64_t mask;
