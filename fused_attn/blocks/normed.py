@@ -1,0 +1,217 @@
+"""A BatchNorm and what follows it, as one map per sample and channel: the gate, the residual add and the activation.
+
+    z = a·(x − μ) + β,  a = γ/√(var + eps);   y = act(z·s + residual),  s = gate(mean_s z)
+
+With x̄ the mean of a sample's plane, z has the mean z̄ = a·(x̄ − μ) + β there, so the gate needs no pass over z, and
+
+    y = act(scale·(x − x̄) + shift + residual),   scale = s·a,   shift = s·z̄
+
+which `moments_affine` computes: μ and var come from the same moments as x̄, or are running ones. Ioffe and Szegedy,
+arXiv:1502.03167, alg. 1; running statistics keep the variance of n values, divided by n − 1, as PyTorch's do.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import accumulator
+from ..ops.affine_apply import affine_apply
+from ..ops.affine_pool_scale import affine_pool_scale
+from ..ops.moments_affine import moments_affine
+from ..plan import path, vars_of
+from .norms import keep, uses_batch
+
+_BATCH = tuple(f"torch.nn.modules.batchnorm.BatchNorm{d}d" for d in (1, 2, 3))
+_SYNC = "torch.nn.modules.batchnorm.SyncBatchNorm"
+_FROZEN = "torchvision.ops.misc.FrozenBatchNorm2d"
+# A BatchNorm and its activation in one module; the activation is the child `act`, and `drop` does nothing.
+WITH_ACT = "timm.layers.norm_act.BatchNormAct2d"
+
+Gate = tuple[Callable[..., Tensor], Sequence[Tensor]]  # a function of means (N, C) and tensors, and those tensors
+
+
+class Norm(NamedTuple):
+    """A BatchNorm read off a module: where its tensors are looked up on every call."""
+
+    its: dict[str, Any]
+    kind: str  # "batch", "sync" or "frozen"
+
+    @property
+    def batch(self) -> bool:
+        """Whether the statistics of the batch are used."""
+        return self.kind != "frozen" and uses_batch(self.its)
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias; a frozen one keeps them as buffers."""
+        place = self.its["_buffers" if self.kind == "frozen" else "_parameters"]
+        return place["weight"], place["bias"]
+
+
+def read(child: nn.Module | None) -> Norm | None:
+    """The BatchNorm that a module is, or None where it is something else."""
+    where = path(type(child))
+    kind = "batch" if where in _BATCH or where == WITH_ACT else {_SYNC: "sync", _FROZEN: "frozen"}.get(where)
+    return None if kind is None else Norm(vars_of(child), kind)
+
+
+def together(norm: Norm) -> Any:
+    """The process group whose statistics a SyncBatchNorm shares, or None."""
+    if norm.kind != "sync" or not norm.its["training"] or not torch.distributed.is_initialized():
+        return None
+    group = norm.its["process_group"] or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+class _Shared(torch.autograd.Function):
+    """Mean and biased variance (C,) over all processes, from those of this one: one collective each way, on (C,)
+    numbers. Sums of squares are merged by Chan, Golub and LeVeque's formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, m2: Tensor, count: int, group: Any, memo: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if not memo:  # an excite runs again in backward; its numbers are here by then
+            mine = torch.cat([mean, m2, mean.new_tensor([count])])
+            all_of = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+            torch.distributed.all_gather(all_of, mine, group)
+            means, m2s, counts = torch.stack(all_of).split([len(mean), len(mean), 1], 1)
+            total = counts.sum()
+            mu = (means * (counts / total)).sum(0)
+            memo += [mu, (m2s + counts * (means - mu).square()).sum(0) / total, total]
+        mu, var, total = memo
+        ctx.save_for_backward(mean, mu, total)
+        ctx.group, ctx.count = group, count
+        return mu.clone(), var.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dmu: Tensor, dvar: Tensor) -> tuple[Any, ...]:
+        mean, mu, total = ctx.saved_tensors
+        both = torch.stack([dmu, dvar])
+        torch.distributed.all_reduce(both, group=ctx.group)
+        dmu, dvar = both
+        return (dmu + 2 * dvar * (mean - mu)) * (ctx.count / total), dvar / total, None, None, None
+
+
+def batch_statistics(
+    mean: Tensor, m2: Tensor, size: int, group: Any = None, memo: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """μ and the biased variance (C,) of a batch from the moments (N, C) of its planes of `size` values."""
+    n = mean.shape[0]
+    if n == 1 and group is None:
+        return mean[0], m2[0] / size
+    mu = mean.mean(0)
+    whole = m2.sum(0) + (mean - mu).square().sum(0) * size
+    if group is None:
+        return mu, whole / (n * size)
+    found: tuple[Tensor, Tensor] = _Shared.apply(mu, whole, n * size, group, memo)
+    return found
+
+
+class _Map:
+    """The functions that `moments_affine` and `affine_pool_scale` call, with what they depend on besides tensors: read
+    when forward runs, because they run again in backward, when the module may have changed."""
+
+    def __init__(self, norm: Norm, x: Tensor, excite: Callable[..., Tensor] | None = None) -> None:
+        self.batch, self.eps, self.excite = norm.batch, norm.its["eps"], excite
+        self.acc, self.shape, self.size = accumulator(x.dtype), x.shape[:2], x[0, 0].numel()
+        self.group = together(norm) if self.batch else None
+        self.memo: list[Tensor] = []
+        weight, bias = norm.tensors()
+        self.weighted, self.biased = weight is not None, bias is not None
+        standing: tuple[Tensor, ...] = ()
+        if not self.batch:
+            buffers = norm.its["_buffers"]
+            standing = buffers["running_mean"], buffers["running_var"]
+        self.tensors = tuple(t for t in (weight, bias, *standing) if t is not None)
+        self.values = x.numel() // x.shape[1]
+        if self.batch and self.group is None and self.values == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+
+    @property
+    def count(self) -> int:
+        """How many values of a channel the batch had, over all processes; once forward has run."""
+        return int(self.memo[2]) if self.memo else self.values
+
+    def affine(self, *given: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Sequence[Tensor]]:
+        """a (C,), β or None, the mean and variance (2 tensors of (C,)) that normalise, and the tensors left for a gate;
+        from (mean, m2), where the batch's statistics are used, and the norm's tensors."""
+        left = [t.to(self.acc) for t in given[: 2 * self.batch]]
+        rest = list(given[2 * self.batch :])
+        weight = rest.pop(0).to(self.acc) if self.weighted else None
+        bias = rest.pop(0).to(self.acc) if self.biased else None
+        if self.batch:
+            mu, var = batch_statistics(left[0], left[1], self.size, self.group, self.memo)
+        else:
+            mu, var = rest.pop(0).to(self.acc), rest.pop(0).to(self.acc)
+        a = torch.rsqrt(var + self.eps)
+        return a if weight is None else a * weight, bias, (mu, var), rest  # type: ignore[return-value]
+
+    def outside(self, mean: Tensor, *given: Tensor) -> Any:
+        """Scale and shift of the norm and the gate of its means."""
+        a, bias, (mu, var), rest = self.affine(*((mean,) if self.batch else ()), *given)
+        z = (mean - mu) * a
+        z = z if bias is None else z + bias
+        if self.excite is None:
+            both = torch.stack([a.expand_as(z), z])
+        else:
+            s = self.excite(z, *rest)
+            both = torch.stack([s * a, s * z])
+        return (both, torch.stack([mu, var])) if self.batch else both
+
+    def inside(self, *given: Tensor) -> Any:
+        """Scale and shift of the norm alone: relative to the plane's mean, or to the running one."""
+        a, bias, (mu, var), _ = self.affine(*given)
+        if not self.batch:
+            shift = torch.zeros_like(a) if bias is None else bias
+            return torch.stack([a, shift]).unsqueeze(1).expand(2, *self.shape)
+        z = (given[0] - mu) * a
+        z = z if bias is None else z + bias
+        return torch.stack([a.expand_as(z), z]), torch.stack([mu, var])
+
+
+def run(
+    norm: Norm, gate: Gate | None, x: Tensor, residual: Tensor | None = None, act: str = "identity", slope: float = 0.01
+) -> Tensor:
+    """act(norm(x)·s + residual), s = gate of the means of norm(x); without a gate s is 1.
+
+    x, residual: (N, C, *S); norm's running statistics are updated where it trains
+    """
+    excite, tensors = gate if gate is not None else (None, ())
+    maps = _Map(norm, x, excite)
+    if not maps.batch and excite is None:  # nothing of x is pooled
+        scale, shift = maps.inside(*maps.tensors).contiguous()
+        centre = _centre(norm, x)
+        return affine_apply(x, scale, shift, centre, residual, None, act, slope)  # type: ignore[no-any-return]
+    what = "moments" if maps.batch else "mean"
+    out = moments_affine(
+        x, maps.outside, *maps.tensors, *tensors, descriptors=what, residual=residual, act=act, slope=slope
+    )
+    return _kept(norm, maps, out)
+
+
+def run_inside(norm: Norm, gate: Gate, x: Tensor, act: str, slope: float = 0.01) -> Tensor:
+    """act(norm(x))·s, s = gate of the means of act(norm(x)): the gate behind an activation."""
+    excite, tensors = gate
+    maps = _Map(norm, x)
+    centre = None if maps.batch else _centre(norm, x)
+    out = affine_pool_scale(
+        x, maps.inside, excite, maps.tensors, tensors, moments=maps.batch, centre=centre, act=act, slope=slope
+    )
+    return _kept(norm, maps, out)
+
+
+def _centre(norm: Norm, x: Tensor) -> Tensor:
+    """The running mean for every sample (N, C)."""
+    mean: Tensor = norm.its["_buffers"]["running_mean"]
+    return mean.to(accumulator(x.dtype)).expand(x.shape[:2]).contiguous()
+
+
+def _kept(norm: Norm, maps: _Map, out: Any) -> Tensor:
+    """y alone; running statistics are updated by those beside it."""
+    if not maps.batch:
+        return out  # type: ignore[no-any-return]
+    y, statistics = out
+    keep(norm.its, statistics, maps.count)
+    return y  # type: ignore[no-any-return]
