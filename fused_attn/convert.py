@@ -23,13 +23,16 @@ Select = str | type | Iterable[str | type] | None
 
 @dataclass(frozen=True)
 class Row:
-    """One module that was recognised: its name, class, whether it is a "gate" or a "tail", and why it wasn't fused, or
-    None."""
+    """One module that was recognised: its name, class, why it wasn't fused, or None, and what of it is fused.
+
+    kind: "gate", "tail" (the parent of a gate) or "plain" (a parent without one)
+    """
 
     name: str
     cls: str
     kind: str
     reason: str | None = None
+    part: str = "gate"
 
 
 @dataclass
@@ -61,12 +64,11 @@ class Report:
             return "nothing to fuse: no module of a class that fused_attn knows"
         seen: dict[tuple[str, str, str | None], list[str]] = {}
         for row in self.rows:
-            seen.setdefault((row.cls, row.kind, row.reason), []).append(row.name or "(model)")
-        what = {"gate": "gate", "tail": "gate + add + act"}
+            seen.setdefault((row.cls, row.part, row.reason), []).append(row.name or "(model)")
         cells = [("modules", "class", "part", "")]
         cells += [
-            (_names(names), cls.rpartition(".")[2], what[kind], "fused" if reason is None else f"refused: {reason}")
-            for (cls, kind, reason), names in seen.items()
+            (_names(names), cls.rpartition(".")[2], part, "fused" if reason is None else f"refused: {reason}")
+            for (cls, part, reason), names in seen.items()
         ]
         lines = [f"{len(self.fused)} modules fused, {len(self.refused)} refused", *table(cells)]
         for title, measured in (("errors", self.errors), ("speed", self.speed)):
@@ -185,10 +187,10 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
             if rule is None or rule.tail is None:
                 gates.add(id(module))
             if isinstance(module, Fused):
-                rows[id(module)] = Row(name, path(module.original), "tail" if module.rule.tail else "gate")
+                rows[id(module)] = _row(name, module, module.rule, path(module.original), None)
         elif rule is not None and rule.tail is None and selected(module, name):
             reason = refusal(module, rule)
-            rows[id(module)] = Row(name, path(type(module)), "gate", reason)
+            rows[id(module)] = _row(name, module, rule, path(type(module)), reason)
             if reason is None:
                 gates.add(id(module))
                 changes.append((module, rule))
@@ -197,13 +199,22 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
         if isinstance(module, Planned) or rule is None or rule.tail is None:
             continue
         gate = vars(module)["_modules"].get(rule.tail.gate)
-        if id(gate) in gates and selected(module, name):
+        if (gate is None or id(gate) in gates) and selected(module, name):
             reason = refusal(module, rule)
-            rows[id(module)] = Row(name, path(type(module)), "tail", reason)
+            if gate is None and reason is not None:  # there is no gate here, and nothing was asked of it
+                continue
+            rows[id(module)] = _row(name, module, rule, path(type(module)), reason)
             if reason is None:
                 changes.append((module, rule))
     order = [id(module) for _, module in modules]
     return Report([rows[i] for i in order if i in rows]), changes
+
+
+def _row(name: str, module: nn.Module, rule: Rule, cls: str, reason: str | None) -> Row:
+    if rule.tail is None:
+        return Row(name, cls, "gate", reason)
+    gated = vars(module)["_modules"].get(rule.tail.gate) is not None
+    return Row(name, cls, "tail" if gated else "plain", reason, rule.tail.part(module))
 
 
 def recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]:

@@ -13,13 +13,14 @@ What differs between published versions:
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import activations, pool_conv_scale
-from ..ops.pool_conv_scale import ACTS, GATES
+from ..ops.pool_conv_scale import ACTS, GATES, logits
 from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, renew, vars_of
 from ..registry import Block, case
 from .se_rules import gate_forward
@@ -78,6 +79,21 @@ class ConvPlan(Plan):
             x, conv["weight"], conv["bias"], w1, b1, residual,
             self.act, self.gate, self.slope, self.circular, epilogue, epilogue_slope,
         )  # fmt: skip
+
+    def means(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """The gate as a function of means (N, C), and its tensors."""
+        places = [place for place in (self.conv, self.first) if place]
+        given = [(place["weight"], place["bias"]) for place in places]
+        biased = [bias is not None for _, bias in given]
+        act, gate, slope, circular = self.act, self.gate, self.slope, self.circular
+
+        def excite(p: Tensor, *tensors: Tensor) -> Tensor:
+            left = iter(tensors)
+            pairs = [(next(left), next(left) if has else None) for has in biased]
+            (weight, bias), (w1, b1) = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
+            return activations.apply(gate, logits(p, weight, bias, w1, b1, act, slope, circular))
+
+        return excite, tuple(t for pair in given for t in pair if t is not None)
 
 
 def _conv1d(

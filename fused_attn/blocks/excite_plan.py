@@ -6,7 +6,7 @@ a is 0, or 1 where a module adds its input to what it gates. Children are named 
 that a forward applies itself is `Given`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -161,6 +161,10 @@ class ExcitePlan(Plan):
         y, statistics = out
         keep(self.norm, statistics, x.shape[0])  # type: ignore[arg-type]
         return y
+
+    def means(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
+        """The gate as a function of means (N, C), and its tensors; None where it depends on more than those."""
+        return None if self.norm is not None or self.max_weight else (self.excite, self.tensors())
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors of a network without a norm, as `excite` takes them; those that there are."""

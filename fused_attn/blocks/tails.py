@@ -1,11 +1,11 @@
-"""Tails: the residual add and the activation that follow a gate in a bottleneck, computed in the gate's own pass.
+"""Tails: the BatchNorm before a gate, the residual add and the activation behind it, computed in the gate's passes.
 
-    y = act(gate(f(x)) + shortcut)
+    y = act(gate(norm(f(x))) + shortcut)
 
 A parent is described by data: what its forward does before the gate, what stands in between, and what comes after.
 There may be no activation, or no shortcut. A forward is rewritten only where the original's source is a known one and
 nothing stands between gate, add and activation. Any mechanism's gate fits, as long as its plan runs a residual and an
-epilogue.
+epilogue. A gate that is a function of the norm's means lets the tail compute the norm, too; and so does no gate at all.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..ops import activations
 from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, unfused
+from . import normed
 
 # Modules that may stand between gate and add: idle ones, and DropPath, which is idle in evaluation and at rate 0.
 _IDLE = "torch.nn.modules.linear.Identity"
@@ -30,7 +31,8 @@ Branch = Callable[[Any, Tensor], tuple[Any, "Tensor | None"]]
 class Tail:
     """The order of a parent's forward, by the names of its children.
 
-    before: children called one after the other on x; or (module, x) -> what the gate gets, and the shortcut or None
+    before: children called one after the other on x, of which the last may be a BatchNorm that the tail computes; or
+        (module, x) -> what the gate gets, and the shortcut or None
     gate; act: the activation at the end, or None
     drop_path: child between gate and add, or None; downsample: child that makes the shortcut, where it isn't x itself
     inplace: the original adds in place, so that the sum has the gate's dtype whatever the shortcut's
@@ -47,28 +49,52 @@ class Tail:
     needs: tuple[str, ...] = ()
     after: Callable[[Any, Tensor, Tensor], Tensor] | None = None
 
-    def branch(self, module: Any, x: Tensor) -> tuple[Any, Tensor | None]:
-        """What the gate gets, and the shortcut or None."""
+    def branch(self, module: Any, x: Tensor, all_but: int = 0) -> tuple[Any, Tensor | None]:
+        """What the gate gets, and the shortcut or None; all_but: how many of the last children aren't called."""
         if callable(self.before):
             return self.before(module, x)
         children, shortcut = module._modules, x
-        for name in self.before:
+        for name in self.before[: len(self.before) - all_but]:
             x = children[name](x)
         if children.get(self.downsample) is not None:
             shortcut = children[self.downsample](shortcut)
         return x, shortcut
 
+    def part(self, module: nn.Module) -> str:
+        """What of a module is computed at once, in words."""
+        children = vars(module)["_modules"]
+        gate = children.get(self.gate)
+        norm = normed.read(children[self.before[-1]]) is not None if not callable(self.before) else False
+        return " + ".join(
+            word
+            for word, there in (
+                ("norm", norm),
+                ("gate", gate is not None),
+                ("add", True),
+                ("act", self.act is not None),
+            )
+            if there
+        )
+
 
 class TailPlan(Plan):
-    """What a parent's rewritten forward relies on: gate, drop_path and activation are skipped."""
+    """What a parent's rewritten forward relies on: norm, gate, drop_path and activation are skipped.
 
-    __slots__ = ("drop_path", "epilogue", "slope", "tail")
+    norm: the BatchNorm before the gate, where the tail computes it
+    gated: whether there is a gate
+    """
+
+    __slots__ = ("drop_path", "epilogue", "gated", "norm", "slope", "tail")
 
     def __init__(self, module: nn.Module, tail: Tail) -> None:
-        super().__init__(module, [n for n in (tail.gate, tail.act, tail.drop_path) if n is not None], tail.needs)
         children = module.__dict__["_modules"]
+        last = None if callable(tail.before) else tail.before[-1]
+        self.norm = None if last is None else normed.read(children[last])
+        names = [n for n in (last if self.norm else None, tail.gate, tail.act, tail.drop_path) if n is not None]
+        super().__init__(module, names, tail.needs)
         gate = children.get(tail.gate)
-        if gate is None or not all(vars(module)[name] for name in tail.needs):
+        self.gated = gate is not None
+        if (gate is None and self.norm is None) or not all(vars(module)[name] for name in tail.needs):
             raise Refused(f"{tail.gate} is None, or isn't called")
         if isinstance(gate, Planned) and type(gate).forward is not type(gate).by_plan:
             raise Refused(f"{tail.gate} is a {path(type(gate))}, which overrides the forward that its plan replaces")
@@ -103,27 +129,35 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     if plan is None or (type(x) is not Tensor and _extracting(x)):
         return self.original.forward(self, x)
     tail, children = plan.tail, self._modules
-    gate = ready(children[tail.gate])
-    if gate is None or plan.drops():
-        unfused(self, "its gate runs unfused" if gate is None else "drop_path stands between gate and add")
+    gate = ready(children[tail.gate]) if plan.gated else None
+    if (plan.gated and gate is None) or plan.drops():
+        unfused(self, "drop_path stands between gate and add" if plan.drops() else "its gate runs unfused")
         return self.original.forward(self, x)
-    given = x
-    x, shortcut = tail.branch(self, x)
+    given, norm = x, plan.norm
+    x, shortcut = tail.branch(self, x, int(norm is not None))
+    means = getattr(gate, "means", None) if norm is not None else None
+    excite = None if means is None else means()
+    if norm is not None and plan.gated and excite is None:  # the gate needs more of the norm's output than its means
+        x, norm = children[tail.before[-1]](x), None  # type: ignore[index]
     if isinstance(x, Tensor) and (
         x.dim() != getattr(gate, "dim", 4)
         or (shortcut is not None and (x.dtype != shortcut.dtype or x.shape != shortcut.shape))
+        or (norm is not None and x.shape[0] == 0)
     ):
         beside = "there is none" if shortcut is None else f"{shortcut.dtype} {tuple(shortcut.shape)}"
         unfused(self, f"the shortcut is {beside}, the branch {x.dtype} {tuple(x.shape)}")
-        x = children[tail.gate](x)
+        x = x if norm is None else children[tail.before[-1]](x)  # type: ignore[index]
+        x = children[tail.gate](x) if plan.gated else x
         if shortcut is not None:
             if tail.inplace:
                 x += shortcut
             else:
                 x = x + shortcut
         x = x if tail.act is None else children[tail.act](x)
+    elif norm is not None:
+        x = normed.run(norm, excite, x, shortcut, plan.epilogue, plan.slope)
     else:
-        x = gate.run(x, shortcut, plan.epilogue, plan.slope)
+        x = gate.run(x, shortcut, plan.epilogue, plan.slope)  # type: ignore[union-attr]
     return x if tail.after is None else tail.after(self, x, given)
 
 
