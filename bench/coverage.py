@@ -158,7 +158,7 @@ def mechanism_of(module: nn.Module) -> str:
     """The name of the block whose rule is known for a module, or that a tail's gate belongs to."""
     rule = known(module)
     if rule is not None and rule.tail is not None:
-        return mechanism_of(vars(module)["_modules"][rule.tail.gate])
+        return mechanism_of(rule.tail.gates(module)[0])
     block = next((b for b in BLOCKS.values() if rule in b.rules or type(module) is b.module), None)
     return block.name if block else SE[0]  # what is read from its source is squeeze-and-excitation
 
@@ -170,7 +170,8 @@ def look(model: nn.Module) -> list[tuple[str, str, str, str | None]]:
     found = []
     for row in report.rows:
         module = model.get_submodule(row.name)
-        found.append((mechanism_of(module), row.cls, row.kind, row.reason))
+        if row.kind != "plain":
+            found.append((mechanism_of(module), row.cls, row.kind, row.reason))
     for module in model.modules():
         cls = module.original if isinstance(module, Fused) else type(module)
         where = f"{cls.__module__}.{cls.__qualname__}"

@@ -198,10 +198,11 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
         rule = known(module, read=False)
         if isinstance(module, Planned) or rule is None or rule.tail is None:
             continue
-        gate = vars(module)["_modules"].get(rule.tail.gate)
-        if (gate is None or id(gate) in gates) and selected(module, name):
+        inside = rule.tail.gates(module)
+        last = vars(module)["_modules"].get(rule.tail.gate)
+        if (last is None or id(last) in gates) and selected(module, name):
             reason = refusal(module, rule)
-            if gate is None and reason is not None:  # there is no gate here, and nothing was asked of it
+            if not inside and reason is not None:  # there is no gate here, and nothing was asked of it
                 continue
             rows[id(module)] = _row(name, module, rule, path(type(module)), reason)
             if reason is None:
@@ -213,8 +214,9 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
 def _row(name: str, module: nn.Module, rule: Rule, cls: str, reason: str | None) -> Row:
     if rule.tail is None:
         return Row(name, cls, "gate", reason)
-    gated = vars(module)["_modules"].get(rule.tail.gate) is not None
-    return Row(name, cls, "tail" if gated else "plain", reason, rule.tail.part(module))
+    plan = vars(module).get(KEY) or (rule.plan(module) if reason is None else None)
+    kind = "tail" if rule.tail.gates(module) else "plain"
+    return Row(name, cls, kind, reason, "gate + add + act" if plan is None else plan.parts())
 
 
 def recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]:

@@ -130,6 +130,15 @@ class Plan:
         """The fused computation: gate, then residual and activation."""
         raise NotImplementedError
 
+    def means(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
+        """The gate as a function of the means (N, C) of its input and of tensors, and those tensors; None where it
+        depends on more."""
+        return None
+
+    def parts(self) -> str:
+        """What it computes at once, in words."""
+        return "gate"
+
 
 def vars_of(child: nn.Module | None) -> dict[str, Any]:
     """The child's own dictionary: `Module.__getattr__` costs half a microsecond per weight, this a thirtieth of it."""

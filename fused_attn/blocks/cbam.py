@@ -29,11 +29,10 @@ from ..ops import activations, dual_scale, plane_conv, pool_scale, shared_mlp
 from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, register, renew
 from ..registry import Block, case
 from . import norms
+from .chain import Tail, tail_rule
 from .deep import DeepPlan
 from .excite_plan import dense
 from .squeeze_excite import _activation
-from .tails import Tail
-from .tails import _rule as tail_rule
 
 _CONVS = {f"torch.nn.modules.conv.Conv{d}d": d for d in (1, 2, 3)}
 _CONV = (F.conv1d, F.conv2d, F.conv3d)

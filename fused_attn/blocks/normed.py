@@ -183,7 +183,7 @@ def run(
     if not maps.batch and excite is None:  # nothing of x is pooled
         scale, shift = maps.inside(*maps.tensors).contiguous()
         centre = _centre(norm, x)
-        return affine_apply(x, scale, shift, centre, residual, None, act, slope)  # type: ignore[no-any-return]
+        return affine_apply(x, scale, shift, centre, residual, None, act, slope)
     what = "moments" if maps.batch else "mean"
     out = moments_affine(
         x, maps.outside, *maps.tensors, *tensors, descriptors=what, residual=residual, act=act, slope=slope
@@ -211,7 +211,7 @@ def _centre(norm: Norm, x: Tensor) -> Tensor:
 def _kept(norm: Norm, maps: _Map, out: Any) -> Tensor:
     """y alone; running statistics are updated by those beside it."""
     if not maps.batch:
-        return out  # type: ignore[no-any-return]
+        return out
     y, statistics = out
     keep(norm.its, statistics, maps.count)
-    return y  # type: ignore[no-any-return]
+    return y

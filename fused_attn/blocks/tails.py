@@ -1,164 +1,16 @@
-"""Tails: the BatchNorm before a gate, the residual add and the activation behind it, computed in the gate's passes.
+"""The parents whose residual add and activation, and the BatchNorm before them, join a gate: what their forwards call.
 
-    y = act(gate(norm(f(x))) + shortcut)
-
-A parent is described by data: what its forward does before the gate, what stands in between, and what comes after.
-There may be no activation, or no shortcut. A forward is rewritten only where the original's source is a known one and
-nothing stands between gate, add and activation. Any mechanism's gate fits, as long as its plan runs a residual and an
-epilogue. A gate that is a function of the norm's means lets the tail compute the norm, too; and so does no gate at all.
+The machinery is blocks/chain.py's. A forward whose order isn't a chain of children is a function here, of which the
+gate and what follows it are fused, and a norm isn't.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops import activations
-from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, unfused
-from . import normed
-
-# Modules that may stand between gate and add: idle ones, and DropPath, which is idle in evaluation and at rate 0.
-_IDLE = "torch.nn.modules.linear.Identity"
-_DROP_PATH = "timm.layers.drop.DropPath"
-
-
-Branch = Callable[[Any, Tensor], tuple[Any, "Tensor | None"]]
-
-
-@dataclass(frozen=True)
-class Tail:
-    """The order of a parent's forward, by the names of its children.
-
-    before: children called one after the other on x, of which the last may be a BatchNorm that the tail computes; or
-        (module, x) -> what the gate gets, and the shortcut or None
-    gate; act: the activation at the end, or None
-    drop_path: child between gate and add, or None; downsample: child that makes the shortcut, where it isn't x itself
-    inplace: the original adds in place, so that the sum has the gate's dtype whatever the shortcut's
-    needs: attributes that must be true for the gate to be called
-    after: (module, y, x) -> what forward returns, where it goes on after the activation
-    """
-
-    before: tuple[str, ...] | Branch
-    gate: str
-    act: str | None
-    drop_path: str | None = None
-    downsample: str = "downsample"
-    inplace: bool = False
-    needs: tuple[str, ...] = ()
-    after: Callable[[Any, Tensor, Tensor], Tensor] | None = None
-
-    def branch(self, module: Any, x: Tensor, all_but: int = 0) -> tuple[Any, Tensor | None]:
-        """What the gate gets, and the shortcut or None; all_but: how many of the last children aren't called."""
-        if callable(self.before):
-            return self.before(module, x)
-        children, shortcut = module._modules, x
-        for name in self.before[: len(self.before) - all_but]:
-            x = children[name](x)
-        if children.get(self.downsample) is not None:
-            shortcut = children[self.downsample](shortcut)
-        return x, shortcut
-
-    def part(self, module: nn.Module) -> str:
-        """What of a module is computed at once, in words."""
-        children = vars(module)["_modules"]
-        gate = children.get(self.gate)
-        norm = normed.read(children[self.before[-1]]) is not None if not callable(self.before) else False
-        return " + ".join(
-            word
-            for word, there in (
-                ("norm", norm),
-                ("gate", gate is not None),
-                ("add", True),
-                ("act", self.act is not None),
-            )
-            if there
-        )
-
-
-class TailPlan(Plan):
-    """What a parent's rewritten forward relies on: norm, gate, drop_path and activation are skipped.
-
-    norm: the BatchNorm before the gate, where the tail computes it
-    gated: whether there is a gate
-    """
-
-    __slots__ = ("drop_path", "epilogue", "gated", "norm", "slope", "tail")
-
-    def __init__(self, module: nn.Module, tail: Tail) -> None:
-        children = module.__dict__["_modules"]
-        last = None if callable(tail.before) else tail.before[-1]
-        self.norm = None if last is None else normed.read(children[last])
-        names = [n for n in (last if self.norm else None, tail.gate, tail.act, tail.drop_path) if n is not None]
-        super().__init__(module, names, tail.needs)
-        gate = children.get(tail.gate)
-        self.gated = gate is not None
-        if (gate is None and self.norm is None) or not all(vars(module)[name] for name in tail.needs):
-            raise Refused(f"{tail.gate} is None, or isn't called")
-        if isinstance(gate, Planned) and type(gate).forward is not type(gate).by_plan:
-            raise Refused(f"{tail.gate} is a {path(type(gate))}, which overrides the forward that its plan replaces")
-        self.tail = tail
-        self.epilogue, self.slope = "identity", 0.01
-        if tail.act is not None:
-            self.epilogue, self.slope = activation(self, tail.act, children[tail.act], activations.EPILOGUES)
-        between = children.get(tail.drop_path) if tail.drop_path else None
-        self.drop_path = None
-        if between is not None and path(type(between)) != _IDLE:
-            if path(type(between)) != _DROP_PATH:
-                raise Refused(f"{tail.drop_path} is a {path(type(between))}")
-            self.drop_path = vars(between)
-
-    def drops(self) -> bool:
-        """Whether DropPath is at work."""
-        drop = self.drop_path
-        return drop is not None and drop["training"] and drop["drop_prob"] > 0
-
-
-def _extracting(x: Any) -> bool:
-    """Whether torchvision's or timm's feature extractor traces: its users may ask for the gate, the sum, the activation
-    by name, so each must be a node of its own."""
-    return not isinstance(x, Tensor) and any(
-        cls.__name__ == "NodePathTracer" for cls in type(getattr(x, "tracer", None)).__mro__
-    )
-
-
-def _forward(self: Any, x: Tensor) -> Tensor:
-    """What a parent's forward becomes: the original's order up to the gate, one op for the rest."""
-    plan: TailPlan | None = ready(self)  # type: ignore[assignment]
-    if plan is None or (type(x) is not Tensor and _extracting(x)):
-        return self.original.forward(self, x)
-    tail, children = plan.tail, self._modules
-    gate = ready(children[tail.gate]) if plan.gated else None
-    if (plan.gated and gate is None) or plan.drops():
-        unfused(self, "drop_path stands between gate and add" if plan.drops() else "its gate runs unfused")
-        return self.original.forward(self, x)
-    given, norm = x, plan.norm
-    x, shortcut = tail.branch(self, x, int(norm is not None))
-    means = getattr(gate, "means", None) if norm is not None else None
-    excite = None if means is None else means()
-    if norm is not None and plan.gated and excite is None:  # the gate needs more of the norm's output than its means
-        x, norm = children[tail.before[-1]](x), None  # type: ignore[index]
-    if isinstance(x, Tensor) and (
-        x.dim() != getattr(gate, "dim", 4)
-        or (shortcut is not None and (x.dtype != shortcut.dtype or x.shape != shortcut.shape))
-        or (norm is not None and x.shape[0] == 0)
-    ):
-        beside = "there is none" if shortcut is None else f"{shortcut.dtype} {tuple(shortcut.shape)}"
-        unfused(self, f"the shortcut is {beside}, the branch {x.dtype} {tuple(x.shape)}")
-        x = x if norm is None else children[tail.before[-1]](x)  # type: ignore[index]
-        x = children[tail.gate](x) if plan.gated else x
-        if shortcut is not None:
-            if tail.inplace:
-                x += shortcut
-            else:
-                x = x + shortcut
-        x = x if tail.act is None else children[tail.act](x)
-    elif norm is not None:
-        x = normed.run(norm, excite, x, shortcut, plan.epilogue, plan.slope)
-    else:
-        x = gate.run(x, shortcut, plan.epilogue, plan.slope)  # type: ignore[union-attr]
-    return x if tail.after is None else tail.after(self, x, given)
+from ..plan import register
+from .chain import Branch, Tail, tail_rule
 
 
 def _identity_conv(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,18 +38,6 @@ def _cgnet(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
 def _monai(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     shortcut = self.project(x)
     return self.conv3(self.conv2(self.conv1(x))), shortcut
-
-
-def _byobnet(*names: str) -> Branch:
-    """timm's ByobNet blocks: the shortcut may be left out."""
-
-    def branch(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = x
-        for name in names:
-            out = getattr(self, name)(out)
-        return out, None if self.shortcut is None else self.shortcut(x)
-
-    return branch
 
 
 def _branches(skip: str, scale: str, convs: str) -> Branch:
@@ -268,20 +108,16 @@ def _osa(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return out, kept[0] if self.residual else None
 
 
-def _rule(where: str, sources: tuple[str, ...], tail: Tail) -> Rule:
-    return Rule(where, _forward, lambda module: TailPlan(module, tail), {"forward": sources}, tail)
-
-
 _SENET = ("conv1", "bn1", "relu", "conv2", "bn2", "relu")
 TAILS = register(
-    _rule(
+    tail_rule(
         "timm.models.resnet.BasicBlock",
         ("8c4bf37a7512",),
         Tail(
             ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2"), "se", "act2", "drop_path", inplace=True
         ),
     ),
-    _rule(
+    tail_rule(
         "timm.models.resnet.Bottleneck",
         ("314ebf9685c4",),
         Tail(
@@ -289,53 +125,106 @@ TAILS = register(
             "se", "act3", "drop_path", inplace=True,
         ),
     ),
-    _rule("timm.models.senet.Bottleneck", ("73fb28c2610d",), Tail((*_SENET, "conv3", "bn3"), "se_module", "relu")),
-    _rule("timm.models.senet.SEResNetBlock", ("2de9b5e21b05",), Tail(_SENET, "se_module", "relu")),
-    _rule("timm.models.tresnet.BasicBlock", ("2b3b2c784644",), Tail(("conv1", "conv2"), "se", "act", "drop_path")),
-    _rule(
+    tail_rule(
+        "timm.models.regnet.Bottleneck",
+        ("57b9e3d67253",),
+        Tail(("conv1", "conv2", "se", "conv3"), None, "act3", "drop_path", skip="downsample"),
+    ),
+    tail_rule(
+        "timm.models._efficientnet_blocks.InvertedResidual",
+        ("e3f368d39685",),
+        Tail(
+            ("conv_s2d", "bn_s2d", "conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl", "bn3"),
+            None, None, "drop_path", skip="has_skip",
+        ),
+    ),
+    tail_rule(
+        "timm.models._efficientnet_blocks.DepthwiseSeparableConv",
+        ("4608128c1de4",),
+        Tail(
+            ("conv_s2d", "bn_s2d", "conv_dw", "bn1", "aa", "se", "conv_pw", "bn2"),
+            None, None, "drop_path", skip="has_skip",
+        ),
+    ),
+    tail_rule(
+        "torchvision.models.efficientnet.MBConv",
+        ("ec96aad57794",),
+        Tail(("block",), None, None, "stochastic_depth", skip="use_res_connect", inplace=True),
+    ),
+    tail_rule(
+        "torchvision.models.mobilenetv3.InvertedResidual",
+        ("e27a2681f293",),
+        Tail(("block",), None, None, skip="use_res_connect", inplace=True),
+    ),
+    tail_rule(
+        "torchvision.models.regnet.ResBottleneckBlock",
+        ("d618784d76a3",),
+        Tail(("f",), None, "activation", downsample="proj"),
+    ),
+    tail_rule(
+        "torchvision.models.resnet.BasicBlock",
+        ("b5adcc3aab81",),
+        Tail(("conv1", "bn1", "relu", "conv2", "bn2"), None, "relu", inplace=True),
+    ),
+    tail_rule(
+        "torchvision.models.resnet.Bottleneck",
+        ("e203fe278a54",),
+        Tail((*_SENET, "conv3", "bn3"), None, "relu", inplace=True),
+    ),
+    tail_rule("timm.models.senet.Bottleneck", ("73fb28c2610d",), Tail((*_SENET, "conv3", "bn3"), "se_module", "relu")),
+    tail_rule("timm.models.senet.SEResNetBlock", ("2de9b5e21b05",), Tail(_SENET, "se_module", "relu")),
+    tail_rule("timm.models.tresnet.BasicBlock", ("2b3b2c784644",), Tail(("conv1", "conv2"), "se", "act", "drop_path")),
+    tail_rule(
         "timm.models.byobnet.BasicBlock",
         ("f85fea15f3c3",),
-        Tail(_byobnet("conv1_kxk", "attn", "conv2_kxk"), "attn_last", "act", "drop_path"),
+        Tail(
+            ("conv1_kxk", "attn", "conv2_kxk"), "attn_last", "act", "drop_path", downsample="shortcut", skip="shortcut"
+        ),
     ),
-    _rule(
+    tail_rule(
         "timm.models.byobnet.BottleneckBlock",
         ("d9f6c639f01c",),
         Tail(
-            _byobnet("conv1_1x1", "conv2_kxk", "conv2b_kxk", "attn", "conv3_1x1"), "attn_last", "act", "drop_path"
+            ("conv1_1x1", "conv2_kxk", "conv2b_kxk", "attn", "conv3_1x1"), "attn_last", "act", "drop_path",
+            downsample="shortcut", skip="shortcut",
         ),
     ),
-    _rule("timm.models.byobnet.RepVggBlock", ("5ea58069f93e",), Tail(_repvgg, "attn", "act")),
-    _rule("timm.models.byobnet.MobileOneBlock", ("6615dcef0da9",), Tail(_mobileone_of_byobnet, "attn", "act")),
-    _rule(
+    tail_rule("timm.models.byobnet.RepVggBlock", ("5ea58069f93e",), Tail(_repvgg, "attn", "act")),
+    tail_rule("timm.models.byobnet.MobileOneBlock", ("6615dcef0da9",), Tail(_mobileone_of_byobnet, "attn", "act")),
+    tail_rule(
         "timm.models.fastvit.MobileOneBlock",
         ("1b4fd3012fcb",),
         Tail(_branches("identity", "conv_scale", "conv_kxk"), "se", "act"),
     ),
-    _rule("timm.models.fastvit.ReparamLargeKernelConv", ("a406311278c2",), Tail(_large_kernel, "se", "act")),
-    _rule("timm.models.rexnet.LinearBottleneck", ("39056614428b",), Tail(_rexnet, "se", "act_dw", after=_after_rexnet)),
-    _rule("timm.models.vovnet.OsaBlock", ("757430c19e12",), Tail(_osa, "attn", None, "drop_path")),
-    _rule("pytorchcv.models.seresnet.SEResUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
-    _rule("pytorchcv.models.seresnext.SEResNeXtUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
-    _rule("pytorchcv.models.senet.SENetUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
-    _rule(
+    tail_rule("timm.models.fastvit.ReparamLargeKernelConv", ("a406311278c2",), Tail(_large_kernel, "se", "act")),
+    tail_rule(
+        "timm.models.rexnet.LinearBottleneck",
+        ("39056614428b",),
+        Tail(_rexnet, "se", "act_dw", after=_after_rexnet),
+    ),
+    tail_rule("timm.models.vovnet.OsaBlock", ("757430c19e12",), Tail(_osa, "attn", None, "drop_path")),
+    tail_rule("pytorchcv.models.seresnet.SEResUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
+    tail_rule("pytorchcv.models.seresnext.SEResNeXtUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
+    tail_rule("pytorchcv.models.senet.SENetUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
+    tail_rule(
         "pytorchcv.models.fastseresnet.FastSEResUnit",
         ("f5bb6301431e",),
         Tail(_identity_conv, "se", "activ", needs=("use_se",)),
     ),
-    _rule("pytorchcv.models.sepreresnet.SEPreResUnit", ("b9934c30ee15",), Tail(_pre_activated, "se", None)),
-    _rule("pytorchcv.models.fpenet.FPEUnit", ("c5dd73cc41c2",), Tail(_fpenet, "se", "activ", needs=("use_se",))),
-    _rule("pytorchcv.models.cgnet.CGBlock", ("af340ddb15a2",), Tail(_cgnet, "se", None, inplace=True)),
-    _rule(
+    tail_rule("pytorchcv.models.sepreresnet.SEPreResUnit", ("b9934c30ee15",), Tail(_pre_activated, "se", None)),
+    tail_rule("pytorchcv.models.fpenet.FPEUnit", ("c5dd73cc41c2",), Tail(_fpenet, "se", "activ", needs=("use_se",))),
+    tail_rule("pytorchcv.models.cgnet.CGBlock", ("af340ddb15a2",), Tail(_cgnet, "se", None, inplace=True)),
+    tail_rule(
         "monai.networks.blocks.squeeze_and_excitation.SEBlock",
         ("714e40542de1",),
         Tail(_monai, "se_layer", "act", inplace=True),
     ),
-    _rule(
+    tail_rule(
         "segmentation_models_pytorch.encoders._senet.Bottleneck",
         ("a96bd9f69763",),
         Tail((*_SENET, "conv3", "bn3"), "se_module", "relu"),
     ),
-    _rule(
+    tail_rule(
         "segmentation_models_pytorch.encoders.mobileone.MobileOneBlock",
         ("88db6e7bba76",),
         Tail(_branches("rbr_skip", "rbr_scale", "rbr_conv"), "se", "activation"),

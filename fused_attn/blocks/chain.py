@@ -1,0 +1,364 @@
+"""A parent of gates as a chain: its layers in the order in which its forward calls them, and what ends it.
+
+    y = act(gate(norm(f(x))) + shortcut)
+
+A BatchNorm is computed together with what follows it, where that is understood (blocks/normed.py):
+
+    norm → act → gate          a gate behind an activation: MBConv, RegNet
+    norm → act                 no gate
+    norm → gate → add → act    the tail of a bottleneck; without a gate, too
+
+A parent is described by data: which children are called, what the shortcut is, and what comes after. Containers whose
+forward is known are looked into. A forward is rewritten only where the original's source is a known one and nothing
+stands between gate, add and activation. Any mechanism's gate fits, as long as its plan runs a residual and an epilogue;
+a norm joins in where its gate is a function of the norm's means.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..ops import activations
+from ..plan import RULES, Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, tampered, unfused
+from . import normed
+
+# Modules that may stand between gate and add: idle ones, and DropPath, which is idle in evaluation and at rate 0.
+IDLE = "torch.nn.modules.linear.Identity"
+_DROP_PATHS = {"timm.layers.drop.DropPath": "drop_prob", "torchvision.ops.stochastic_depth.StochasticDepth": "p"}
+_SEQUENTIAL = (
+    "torch.nn.modules.container.Sequential",
+    "torchvision.ops.misc.Conv2dNormActivation",
+    "torchvision.models.regnet.BottleneckTransform",
+)
+_CONV_NORM = {"timm.layers.conv_bn_act.ConvNormAct": ("edd86b823f1f", ("conv", "bn", "aa"))}
+_NORM_ACT = {normed.WITH_ACT: "34994d9669ff"}
+
+Branch = Callable[[Any, Tensor], tuple[Any, "Tensor | None"]]
+
+
+class Leaf(NamedTuple):
+    """A layer of a chain: its path from the parent, and the module."""
+
+    name: str
+    module: nn.Module
+
+
+class Step(NamedTuple):
+    """What runs at once: a module by itself, or a norm with what follows it.
+
+    alone: the modules to be called one after the other where the step can't run as one
+    """
+
+    alone: tuple[nn.Module, ...]
+    norm: normed.Norm | None = None
+    act: str = "identity"
+    slope: float = 0.01
+    gate: nn.Module | None = None
+
+
+def by_plan(module: nn.Module) -> bool:
+    """Whether a module is a gate that runs, or may run, by a plan."""
+    if isinstance(module, Planned):
+        return getattr(module, "rule", None) is None or module.rule.tail is None  # type: ignore[union-attr]
+    rule = next((rule for base in type(module).__mro__ if (rule := RULES.get(path(base))) is not None), None)
+    return rule is not None and rule.tail is None and (rule.holds is None or rule.holds(module))
+
+
+def inside(name: str, child: nn.Module | None) -> Iterator[Leaf]:
+    """The layers that a child is made of; the child itself where its forward isn't known, or something hangs on it."""
+    if child is None:
+        return
+    where, children = path(type(child)), vars(child)["_modules"]
+    parts: tuple[str, ...] | None = None
+    if where in _SEQUENTIAL and type(child).forward is nn.Sequential.forward:
+        parts = tuple(children)
+    elif where in _CONV_NORM and fingerprint(type(child).forward) == _CONV_NORM[where][0]:
+        parts = _CONV_NORM[where][1]
+    if parts is None or tampered(child) is not None or by_plan(child):
+        yield Leaf(name, child)
+        return
+    for part in parts:
+        yield from inside(f"{name}.{part}", children.get(part))
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The order of a parent's forward, by the names of its children.
+
+    before: children called one after the other on x, those that there are; or (module, x) -> what the gate gets, and
+        the shortcut or None
+    gate; act: the gate and the activation at the end, or None
+    drop_path: child between gate and add, or None
+    downsample: child that makes the shortcut, where it isn't x itself; or (module, x) -> the shortcut or None
+    skip: name of the attribute or child that must be there, and true, for a shortcut and drop_path; None: always
+    inplace: the original adds in place, so that the sum has the gate's dtype whatever the shortcut's
+    needs: attributes that must be true for the gate to be called
+    after: (module, y, x) -> what forward returns, where it goes on after the activation
+    """
+
+    before: tuple[str, ...] | Branch
+    gate: str | None
+    act: str | None
+    drop_path: str | None = None
+    downsample: str | Callable[[Any, Tensor], Tensor | None] = "downsample"
+    skip: str | None = None
+    inplace: bool = False
+    needs: tuple[str, ...] = ()
+    after: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+
+    def leaves(self, module: nn.Module) -> list[Leaf]:
+        """The layers before the gate at the end."""
+        children = vars(module)["_modules"]
+        if callable(self.before):
+            return []
+        return [leaf for name in self.before for leaf in inside(name, children.get(name))]
+
+    def gates(self, module: nn.Module) -> list[nn.Module]:
+        """The gates of a parent: at the end, and among its layers."""
+        last = vars(module)["_modules"].get(self.gate)
+        found = [leaf.module for leaf in self.leaves(module) if by_plan(leaf.module)]
+        return found if last is None else [*found, last]
+
+    def skips(self, module: nn.Module) -> bool:
+        """Whether there is a shortcut."""
+        return self.skip is None or bool(vars(module).get(self.skip) or vars(module)["_modules"].get(self.skip))
+
+    def shortcut(self, module: Any, x: Tensor) -> Tensor | None:
+        """The shortcut of x, or None."""
+        if callable(self.downsample):
+            return self.downsample(module, x)
+        child = module._modules.get(self.downsample)
+        return x if child is None else child(x)
+
+
+class TailPlan(Plan):
+    """What a parent's rewritten forward relies on: norms, activations, gates and drop_path are skipped.
+
+    steps: the layers before the gate at the end
+    norm: the BatchNorm before that gate, with the module itself; or None
+    gated: whether there is such a gate
+    """
+
+    __slots__ = ("drop_path", "epilogue", "gated", "last", "norm", "skips", "slope", "steps", "tail")
+
+    def __init__(self, module: nn.Module, tail: Tail) -> None:
+        children = module.__dict__["_modules"]
+        names = [n for n in (tail.gate, tail.act, tail.drop_path) if n is not None]
+        own = [n for n in (tail.skip,) if n is not None and n in vars(module)]
+        super().__init__(module, names, (*tail.needs, *own))
+        self.skips = tail.skips(module)
+        if not all(vars(module)[name] for name in tail.needs):
+            raise Refused(f"{tail.gate} isn't called")
+        gate = children.get(tail.gate)
+        self.gated = gate is not None
+        if isinstance(gate, Planned) and type(gate).forward is not type(gate).by_plan:
+            raise Refused(f"{tail.gate} is a {path(type(gate))}, which overrides the forward that its plan replaces")
+        self.tail = tail
+        self.epilogue, self.slope = "identity", 0.01
+        if tail.act is not None:
+            self.epilogue, self.slope = activation(self, tail.act, children[tail.act], activations.EPILOGUES)
+        between = children.get(tail.drop_path) if tail.drop_path and self.skips else None
+        self.drop_path = None
+        if between is not None and path(type(between)) != IDLE:
+            rate = _DROP_PATHS.get(path(type(between)))
+            if rate is None:
+                raise Refused(f"{tail.drop_path} is a {path(type(between))}")
+            self.drop_path = vars(between), rate
+        self.steps, self.norm, self.last = self._compile(module, tail)
+        if not self.gated and self.norm is None and all(step.norm is None for step in self.steps):
+            raise Refused("it holds no gate, and no BatchNorm that something follows")
+
+    def _skip(self, leaf: Leaf) -> None:
+        if any(leaf.module is other for other, _, _ in self.skipped):
+            return
+        if (why := tampered(leaf.module)) is not None:
+            raise Refused(f"{leaf.name} {why}")
+        self.skipped += ((leaf.module, type(leaf.module), vars(leaf.module)),)
+
+    def _containers(self, module: nn.Module, leaves: list[Leaf]) -> None:
+        """Containers that were looked into stay what they are, with the children they have."""
+        for name in dict.fromkeys(leaf.name.rpartition(".")[0] for leaf in leaves):
+            within: Any = module
+            for step in name.split(".") if name else ():
+                within = vars(within)["_modules"][step]
+                if not any(within is other for other, _, _ in self.skipped):
+                    self._skip(Leaf(name, within))
+                    self.fixed += ((vars(within), "_modules", dict(vars(within)["_modules"])),)
+
+    def _follows(self, leaf: Leaf) -> tuple[str, float] | None:
+        """The ops' name of an activation layer and its slope, or None where it is something else."""
+        try:
+            found = activation(self, leaf.name, leaf.module, activations.EPILOGUES)
+        except Refused:
+            return None
+        return found if path(type(leaf.module)) != IDLE and tampered(leaf.module) is None else None
+
+    def _compile(self, module: nn.Module, tail: Tail) -> tuple[tuple[Step, ...], normed.Norm | None, nn.Module | None]:
+        leaves = tail.leaves(module)
+        self._containers(module, leaves)
+        # Layers that do nothing stand between none.
+        idle = [leaf for leaf in leaves if path(type(leaf.module)) == IDLE and tampered(leaf.module) is None]
+        for leaf in idle:
+            self._skip(leaf)
+        leaves = [leaf for leaf in leaves if all(leaf is not other for other in idle)]
+        steps: list[Step] = []
+        ends = self.gated or tail.act is not None or self.skips
+        i = 0
+        while i < len(leaves):
+            leaf = leaves[i]
+            norm = normed.read(leaf.module) if tampered(leaf.module) is None else None
+            alone, act, slope, gate = [leaf.module], "identity", 0.01, None
+            i += 1
+            if norm is None:
+                steps.append(Step((leaf.module,)))
+                continue
+            with_act = self._own_act(leaf)
+            if with_act is not None:
+                act, slope = with_act
+            elif path(type(leaf.module)) in _NORM_ACT:  # its activation, or its version, isn't known
+                steps.append(Step((leaf.module,)))
+                continue
+            elif i < len(leaves) and (found := self._follows(leaves[i])) is not None:
+                (act, slope), more = found, leaves[i]
+                self._skip(more)
+                alone.append(more.module)
+                i += 1
+            if i < len(leaves) and by_plan(leaves[i].module) and tampered(leaves[i].module) is None:
+                gate = leaves[i].module
+                self._skip(leaves[i])
+                i += 1
+            if gate is None and act == "identity":
+                if i == len(leaves) and ends:
+                    self._skip(leaf)
+                    return tuple(steps), norm, leaf.module
+                norm = None  # by itself it is PyTorch's
+            else:
+                self._skip(leaf)
+            steps.append(Step(tuple(alone), norm, act, slope, gate))
+        return tuple(steps), None, None
+
+    def _own_act(self, leaf: Leaf) -> tuple[str, float] | None:
+        """The activation inside a norm, ("identity", …) where that does nothing; None where there is none, or it isn't
+        known."""
+        known = _NORM_ACT.get(path(type(leaf.module)))
+        if known is None or fingerprint(type(leaf.module).forward) != known:
+            return None
+        children = vars(leaf.module)["_modules"]
+        drop, act = children.get("drop"), children.get("act")
+        if path(type(drop)) != IDLE or act is None:
+            return None
+        try:
+            found = activation(self, f"{leaf.name}.act", act, activations.EPILOGUES)
+        except Refused:
+            return None
+        for name, child in (("drop", drop), ("act", act)):
+            if tampered(child) is not None:
+                return None
+            self._skip(Leaf(f"{leaf.name}.{name}", child))
+        self.fixed += ((vars(leaf.module), "_modules", dict(children)),)
+        return found
+
+    def drops(self) -> bool:
+        """Whether DropPath is at work."""
+        if self.drop_path is None:
+            return False
+        its, rate = self.drop_path
+        return its["training"] and its[rate] > 0
+
+    def parts(self) -> str:
+        """What is computed at once, in words: each kind of step once, and the end."""
+        of = lambda step: " + ".join(
+            word for word, there in (("norm", True), ("act", step.act != "identity"), ("gate", step.gate)) if there
+        )
+        end = [
+            word
+            for word, there in (
+                ("norm", self.norm is not None),
+                ("gate", self.gated),
+                ("add", self.norm is not None or self.gated),
+                ("act", self.epilogue != "identity" and (self.norm is not None or self.gated)),
+            )
+            if there
+        ]
+        steps = [of(step) for step in self.steps if step.norm is not None]
+        return ", ".join(dict.fromkeys([*steps, *([" + ".join(end)] if end else [])]))
+
+
+def _extracting(x: Any) -> bool:
+    """Whether torchvision's or timm's feature extractor traces: its users may ask for the gate, the sum, the activation
+    by name, so each must be a node of its own."""
+    return not isinstance(x, Tensor) and any(
+        cls.__name__ == "NodePathTracer" for cls in type(getattr(x, "tracer", None)).__mro__
+    )
+
+
+def _run(step: Step, x: Any) -> Any:
+    """One step before the end."""
+    if step.norm is not None and isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] > 0:
+        plan = None if step.gate is None else ready(step.gate)
+        means = None if plan is None or getattr(plan, "dim", 4) != 4 else plan.means()
+        if means is not None:
+            if step.act == "identity":
+                return normed.run(step.norm, means, x)
+            return normed.run_inside(step.norm, means, x, step.act, step.slope)
+        if step.act != "identity":
+            x = normed.run(step.norm, None, x, None, step.act, step.slope)
+            return x if step.gate is None else step.gate(x)
+    for module in step.alone:
+        x = module(x)
+    return x if step.gate is None else step.gate(x)
+
+
+def forward(self: Any, x: Tensor) -> Tensor:
+    """What a parent's forward becomes: the original's order, a norm with what follows it as one op."""
+    plan: TailPlan | None = ready(self)  # type: ignore[assignment]
+    if plan is None or (type(x) is not Tensor and _extracting(x)):
+        return self.original.forward(self, x)
+    tail, children, gate = plan.tail, self._modules, None
+    if plan.gated and (gate := ready(children[tail.gate])) is None:
+        unfused(self, "its gate runs unfused")
+        return self.original.forward(self, x)
+    given, norm = x, plan.norm
+    if callable(tail.before):
+        x, shortcut = tail.before(self, x)
+    else:
+        for step in plan.steps:
+            x = _run(step, x)
+        shortcut = tail.shortcut(self, given) if plan.skips else None
+    means = None if norm is None or gate is None else gate.means()
+    if norm is not None and gate is not None and means is None:  # it needs more of the norm's output than its means
+        x, norm = plan.last(x), None  # type: ignore[misc]
+    joined, drops = True, plan.drops()
+    if norm is None and gate is None:
+        joined = False
+    elif isinstance(x, Tensor) and (x.dim() != getattr(gate, "dim", 4) or (norm is not None and x.shape[0] == 0)):
+        unfused(self, f"the branch has shape {tuple(x.shape)}")
+        x = x if norm is None else plan.last(x)  # type: ignore[misc]
+        x, joined = children[tail.gate](x) if plan.gated else x, False
+    else:
+        if drops:
+            unfused(self, "drop_path stands between gate and add")
+            joined = False
+        elif shortcut is not None and isinstance(x, Tensor) and (x.dtype, x.shape) != (shortcut.dtype, shortcut.shape):
+            unfused(
+                self, f"the shortcut is {shortcut.dtype} {tuple(shortcut.shape)}, the branch {x.dtype} {tuple(x.shape)}"
+            )
+            joined = False
+        end = (shortcut, plan.epilogue, plan.slope) if joined else (None, "identity", 0.01)
+        x = normed.run(norm, means, x, *end) if norm is not None else gate.run(x, *end)  # type: ignore[union-attr]
+    if not joined:
+        x = children[tail.drop_path](x) if drops else x
+        if shortcut is not None:
+            if tail.inplace:
+                x += shortcut
+            else:
+                x = x + shortcut
+        x = x if tail.act is None else children[tail.act](x)
+    return x if tail.after is None else tail.after(self, x, given)
+
+
+def tail_rule(where: str, sources: tuple[str, ...], tail: Tail) -> Rule:
+    """The rule for a parent: path of its class, fingerprints of its forward, and what that does."""
+    return Rule(where, forward, lambda module: TailPlan(module, tail), {"forward": sources}, tail)
