@@ -216,7 +216,7 @@ def _row(name: str, module: nn.Module, rule: Rule, cls: str, reason: str | None)
         return Row(name, cls, "gate", reason)
     plan = vars(module).get(KEY) or (rule.plan(module) if reason is None else None)
     kind = "tail" if rule.tail.gates(module) else "plain"
-    return Row(name, cls, kind, reason, "gate + add + act" if plan is None else plan.parts())
+    return Row(name, cls, kind, reason, "gate + add + act" if plan is None else plan.covers())
 
 
 def recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]:

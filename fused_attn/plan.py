@@ -135,7 +135,7 @@ class Plan:
         depends on more."""
         return None
 
-    def parts(self) -> str:
+    def covers(self) -> str:
         """What it computes at once, in words."""
         return "gate"
 

@@ -81,18 +81,18 @@ def test_every_norm(backend, kind, form):
         for a, b in zip(want, got, strict=True):
             assert (a - b).abs().max() <= 1e-12 * max(1.0, a.abs().max().item())
         for a, b in zip(kept, ours, strict=True):
-            assert a.dtype == b.dtype and torch.allclose(a.double(), b.double(), rtol=1e-14, atol=1e-14)
+            assert a.dtype == b.dtype
+            assert torch.allclose(a.double(), b.double(), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("form", ["plain", "outside", "inside"])
 def test_one_value_per_channel_raises(form):
     norm, gate = made("training", 4), gate_of(4)
     x = torch.randn(1, 4, 1, 1, dtype=torch.float64)
+    view = normed.read(norm)
+    how = {"plain": (None, x), "outside": (gate, x), "inside": (gate, x, "relu")}[form]
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        if form == "inside":
-            normed.run_inside(normed.read(norm), gate, x, "relu")
-        else:
-            normed.run(normed.read(norm), None if form == "plain" else gate, x)
+        (normed.run_inside if form == "inside" else normed.run)(view, *how)
     assert norm.num_batches_tracked == 0
 
 
@@ -144,4 +144,4 @@ def test_half_precision(form):
         assert (y.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
         assert torch.allclose(norm.running_var.double(), wide.running_var, rtol=1e-5)
         y.float().sum().backward()
-        assert x.grad.dtype == dtype and norm.weight.grad.dtype == torch.float32
+        assert (x.grad.dtype, norm.weight.grad.dtype) == (dtype, torch.float32)

@@ -267,7 +267,7 @@ class TailPlan(Plan):
         its, rate = self.drop_path
         return its["training"] and its[rate] > 0
 
-    def parts(self) -> str:
+    def covers(self) -> str:
         """What is computed at once, in words: each kind of step once, and the end."""
         of = lambda step: " + ".join(
             word for word, there in (("norm", True), ("act", step.act != "identity"), ("gate", step.gate)) if there
