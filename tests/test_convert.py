@@ -159,7 +159,11 @@ def test_parents(name: str, training: bool) -> None:
     zero = tuple(n for n, _ in original.named_parameters() if n.endswith("conv.bias")) if training else ()
     assert_same_step(module, original, feature_map(), within=1e-6 if "ese" in name else 1e-10, zero=zero)
     ran = {line.op for line in explain(module, feature_map()).lines}
-    assert ran == {"channel_moments" if training else "channel_pool", "shared_mlp", "affine_apply"}
+    tail = {"channel_moments" if training else "channel_pool", "shared_mlp", "affine_apply"}
+    inner = {"pool_mlp_scale"} if name == "senet.SEResNetBlock" else set()
+    if inner:  # a ReLU stands between its norm and its gate
+        tail -= {"shared_mlp", "channel_pool"}
+    assert ran == tail | inner
 
 
 @pytest.mark.parametrize("name", ["resnet.Bottleneck", "tresnet.BasicBlock"])
@@ -624,8 +628,14 @@ def test_a_parent_with_an_unknown_activation_keeps_its_gate_fused() -> None:
     assert_same_step(model, original, feature_map(), within=1e-10)
 
 
-def test_parents_without_a_gate_are_not_mentioned() -> None:
-    assert fuse_(resnet.Bottleneck(C, C // 4)).rows == []
+def test_parents_without_a_gate() -> None:
+    """Fused where a BatchNorm ends them, and not mentioned where nothing can be."""
+    original = make(lambda: resnet.Bottleneck(C, C // 4))
+    module = copy.deepcopy(original)
+    report = fuse_(module)
+    assert [(row.kind, row.part) for row in report.rows] == [("plain", "norm + act, norm + add + act")]
+    assert_same_step(module, original, feature_map(), within=1e-10)
+    assert fuse_(resnet.Bottleneck(C, C // 4, norm_layer=partial(nn.GroupNorm, 1))).rows == []
     assert fuse_(nn.Linear(2, 2)).rows == []
     assert str(fuse_(nn.Linear(2, 2))).startswith("nothing to fuse")
 
@@ -727,11 +737,9 @@ def test_example_inputs_are_compared_and_timed(training: bool, monkeypatch: pyte
 @pytest.mark.parametrize("zero", [False, True], ids=["awake", "zero-initialised"])
 def test_example_inputs_catch_a_wrong_conversion(zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """1 % in one gate, even where a zero-initialised norm hides it at the moment."""
-    run = fused_attn.blocks.squeeze_excite.ExcitePlan.run
+    excite = fused_attn.blocks.squeeze_excite.ExcitePlan.excite
     monkeypatch.setattr(
-        fused_attn.blocks.squeeze_excite.ExcitePlan,
-        "run",
-        lambda self, x, *rest: run(self, 1.01 * x if self.max_weight == 0 else x, *rest),
+        fused_attn.blocks.squeeze_excite.ExcitePlan, "excite", lambda self, *rest: 1.01 * excite(self, *rest)
     )
     model = make(lambda: nn.Sequential(resnet.Bottleneck(C, C // 4, attn_layer="se"), nn.Conv2d(C, 3, 1))).float()
     if zero:
@@ -810,13 +818,13 @@ def test_explain_a_model() -> None:
     fuse_(model, skip="last")
     state = copy.deepcopy(model.state_dict())
     told = explain(model, x)
-    assert [(line.module, line.op) for line in told.lines] == [
-        ("first", "pool_mlp_scale"), ("body.0", "pool_mlp_scale"), ("body.1", "pool_mlp_scale"), ("last", ""),
-    ]  # fmt: skip
+    ops = {name: [line.op for line in told.lines if line.module == name] for name in ALL}
+    assert ops.pop("body.0")[-3:] == ["channel_moments", "shared_mlp", "affine_apply"]
+    assert ops == {"first": ["pool_mlp_scale"], "body.0.se": [], "body.1": ["pool_mlp_scale"], "last": [""]}
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     text = str(told)
     assert all(word in text for word in ("pool_mlp_scale", "4×24×6×5 float64", "unfused", "not converted"))
-    assert repr(told) == "<Explanation: 3 op calls, 1 modules unfused>"
+    assert repr(told) == f"<Explanation: {len(told.lines) - 1} op calls, 1 modules unfused>"
     with fused_attn.use_backend("eager"):
         assert explain(model, x).lines[0].reason == "forced"
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..ops import activations
 from ..plan import RULES, Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, tampered, unfused
@@ -294,9 +295,14 @@ def _extracting(x: Any) -> bool:
     )
 
 
+def _alone(x: Any) -> bool:
+    """Whether a norm is computed with what follows it. Compilers do that by themselves, and tracers want its module."""
+    return isinstance(x, Tensor) and not is_compiling()
+
+
 def _run(step: Step, x: Any) -> Any:
     """One step before the end."""
-    if step.norm is not None and isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] > 0:
+    if step.norm is not None and _alone(x) and x.dim() == 4 and x.shape[0] > 0:
         plan = None if step.gate is None else ready(step.gate)
         means = None if plan is None or getattr(plan, "dim", 4) != 4 else plan.means()
         if means is not None:
@@ -328,7 +334,8 @@ def forward(self: Any, x: Tensor) -> Tensor:
             x = _run(step, x)
         shortcut = tail.shortcut(self, given) if plan.skips else None
     means = None if norm is None or gate is None else gate.means()
-    if norm is not None and gate is not None and means is None:  # it needs more of the norm's output than its means
+    # A gate may need more of the norm's output than its means.
+    if norm is not None and ((gate is not None and means is None) or not _alone(x)):
         x, norm = plan.last(x), None  # type: ignore[misc]
     joined, drops = True, plan.drops()
     if norm is None and gate is None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..ops import activations
 from ..ops.pool_mlp_scale import pool_mlp_scale
 from ..ops.pool_scale import pool_scale
-from ..ops.shared_mlp import shared_mlp
+from ..ops.shared_mlp import formula, shared_mlp
 from ..plan import Plan, Refused, activation, fingerprint, path, tampered, vars_of
 from .norms import keep, norm_of, norm_state
 
@@ -178,7 +179,9 @@ class ExcitePlan(Plan):
         there = lambda place: tuple(None if place[name] is None else next(left) for name in ("weight", "bias"))
         dense = (*there(self.first), *(there(self.second) if self.second else (None, None)))
         slopes = [next(left) if place else None for place in (self.act_place, self.gate_place)]
-        gate: Tensor = shared_mlp(p, *dense, None, None, None, None, *slopes, self.act, self.gate, self.slope)
+        # Compilers differentiate only what they can look into.
+        mlp: Any = formula if is_compiling() else shared_mlp
+        gate: Tensor = mlp(p, *dense, None, None, None, None, *slopes, self.act, self.gate, self.slope, "none", 1e-5)
         return self.offset + gate if self.offset else gate
 
 
