@@ -19,6 +19,7 @@
 #define FA_X86 1
 #include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own AVX-512 headers: gcc.gnu.org/PR105593
+#pragma GCC diagnostic ignored "-Wuninitialized"        // the same
 #endif
 
 #define FA_ISA base
