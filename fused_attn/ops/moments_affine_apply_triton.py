@@ -1,7 +1,7 @@
 """Triton kernel of the last half of the backward of what an affine map by a plane's own moments made.
 
-    e = (gate·dy + spread)·act'(v),   dx = scale·e + tilt·(x − centre) + level, and dvalues at their places
-                                                                                             reads dy (x), writes dx
+e = (gate·dy + spread)·act'(v),   dx = scale·e + tilt·(x − centre) + level, and dvalues at their places
+                                                                                         reads dy (x), writes dx
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
