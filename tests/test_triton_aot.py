@@ -326,7 +326,7 @@ def test_whole_planes(caught, size, kind, dtype):
 def maps_of(launch):
     """How many feature maps a launch loads and stores at least once."""
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    # What is pooled or summed, (N, 1 or 2, *S) or in parts (blocks, N, *S) and (splits, 2, N, C), is small beside a map.
+    # What is pooled or summed, (N, 1 or 2, *S) or in parts (blocks, N, *S), (splits, 2, N, C), is small beside a map.
     pooled = {"mean_ptr", "max_ptr", "dpixel_ptr", "shared_ptr", "sums_ptr", "moments_ptr", "index_ptr", "p_ptr"}
     is_map = lambda name: isinstance(given.get(name), torch.Tensor) and given[name].dim() == 4 and name not in pooled
     outs = {"y_ptr", "dx_ptr", "e_ptr", "dz_ptr", *(f"{name}{b}_ptr" for name in ("y", "dx") for b in range(1, 8))}

@@ -1,7 +1,7 @@
 """Triton kernels of an affine map per sample and channel.
 
-forward   y = gate·act(scale·(x − centre) + shift + residual)                          reads x (residual), writes y
-backward  e = gate·dy·act'(v), dx = scale·e, Σ e·(x − centre), Σ e, Σ dy·act(v)         reads x, dy (aux), writes dx (e)
+forward   y = gate·act(scale·(x − centre) + shift + residual)                      reads x (residual), writes y
+backward  e = gate·dy·act'(v), dx = scale·e, Σ e·(x − centre), Σ e, Σ dy·act(v)    reads x, dy (aux), writes dx (e)
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

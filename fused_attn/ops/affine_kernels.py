@@ -4,7 +4,7 @@ A program owns a block of channels, loads what belongs to them once, and walks a
 each element of a vector has values of its own, they would otherwise be several times the traffic of the maps. None
 stands for a value that isn't there.
 
-    sums   e = gate·dy·act'(v):  Σ e·(x − centre), Σ e (, Σ dy·act(v)), dx = scale·e     reads x, dy (aux), writes (dx, e)
+    sums   e = gate·dy·act'(v): Σ e·(x − centre), Σ e (, Σ dy·act(v)), dx = scale·e    reads x, dy (aux), writes (dx, e)
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -26,8 +26,8 @@ def dense(t: Tensor | None) -> Tensor | None:
 def walk(*maps: Tensor | None) -> tile.Walk:
     """The walk of a pointwise launch whose programs keep their channels.
 
-    A program takes up to eight tiles, which leaves the loads of its channels' values a few percent of what it moves; but
-    one, where there would be less than eight programs for each of about 128 processors.
+    A program takes up to eight tiles: then the loads of its channels' values, in channels_last, are fewer than those of
+    one map. It takes one where there would be less than eight programs for each of about 128 processors.
     """
     w = tile.walk(*maps)
     run = w.b + w.meta["V"] - 1 if w.planes else w.b
