@@ -227,6 +227,27 @@ def branch_launches(size, kind, dtype, count=2, n=2, c=64):
     run("branch_pool", dy, *inside, count, False)
 
 
+def affine_launches(size, kind, dtype, act="relu", n=2, c=64):
+    """Every pass of the tails: moments, affine maps and pools of them, and the ways back."""
+    acc = F64 if dtype == F64 else F32
+    x, dy, residual = (empty((n, c, SIDES.get(size, size), SIDES.get(size, size)), dtype, kind) for _ in range(3))
+    v, two, index = empty((n, c), acc), empty((2, n, c), acc), empty((2, n, c), torch.int64)
+    aux, how = activations.needs_aux(act, True) and residual, (act, 0.01)
+    run("channel_moments", x, False)
+    run("channel_moments", x, True)
+    run("affine_apply", x, v, v, v, residual, None, *how)
+    run("affine_apply", x, v, v, None, None, v, *how)
+    run("affine_apply_bwd", x, dy, v, v, v, aux, None, *how, True)
+    run("affine_apply_bwd", x, dy, v, v, v, None, v, *how, False)
+    run("moments_affine_reduce", x, dy, v, v, v, aux, *how, True)
+    run("moments_affine_reduce", x, dy, v, v, v, None, *how, False)
+    run("affine_pool", x, v, v, v, *how)
+    run("affine_pool_scale_reduce", x, dy, v, v, v, *how)
+    run("moments_affine_apply", x, dy, v, None, v, None, None, v, v, None, None, "identity", 0.0)
+    run("moments_affine_apply", x, dy, v, v, v, v, v, v, v, None, None, *how)
+    run("moments_affine_apply", x, dy, v, v, v, v, v, v, v, two, index, *how)
+
+
 def plane_launches(size, kind, dtype, act="relu", n=2, c=64):
     """What takes planes, or groups of them, whole."""
     acc, side = F64 if dtype == F64 else F32, SIDES.get(size, size)
@@ -280,8 +301,10 @@ def test_every_kernel(caught, target):
     run("scale_bwd", x, empty((1, 8), F32), None, None, x, "identity", 0.01, "product", False)
     run("map_scale", x, x, "positions", 1e-5, 0.0)
     mlp_launches(8, 256, 16, F32)
+    run("channel_moments", x, True)
     branch_launches(49, "planes", BF16)
     plane_launches(49, "planes", BF16)
+    affine_launches(49, "planes", BF16)
     assert {launch.kernel.__name__ for launch in caught} == set(KERNELS), "kernels without a test"
     seen = set()
     for launch in caught:
@@ -303,8 +326,8 @@ def test_whole_planes(caught, size, kind, dtype):
 def maps_of(launch):
     """How many feature maps a launch loads and stores at least once."""
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    # What is pooled or summed over channels, (N, 1 or 2, *S) or in parts (blocks, N, *S), is small beside a map.
-    pooled = {"mean_ptr", "max_ptr", "dpixel_ptr", "shared_ptr"}
+    # What is pooled or summed, (N, 1 or 2, *S) or in parts (blocks, N, *S), (splits, 2, N, C), is small beside a map.
+    pooled = {"mean_ptr", "max_ptr", "dpixel_ptr", "shared_ptr", "sums_ptr", "moments_ptr", "index_ptr", "p_ptr"}
     is_map = lambda name: isinstance(given.get(name), torch.Tensor) and given[name].dim() == 4 and name not in pooled
     outs = {"y_ptr", "dx_ptr", "e_ptr", "dz_ptr", *(f"{name}{b}_ptr" for name in ("y", "dx") for b in range(1, 8))}
     if launch.kernel.__name__ in ("_pool_scale_apply_kernel", "_pixel_apply_kernel"):  # which read e
@@ -336,6 +359,7 @@ NARROW = {
 def check_widths(caught, size, kind, dtype, target):
     map_launches(size, kind, dtype)
     branch_launches(size, kind, dtype)
+    affine_launches(size, kind, dtype)
     for launch in caught:
         if (launch.kernel.__name__, size, kind, dtype) in NARROW:
             assert launch.meta["V"] == 1, "wide now: take it out of the table"
@@ -401,6 +425,7 @@ def test_more_than_2_to_the_31_elements(caught):
     assert not caught.pop().meta["BIG"]
     for c, side in ((1024, 2048), (1, 2**16)):  # many rows, and one that by itself is too long
         map_launches(side, "planes", BF16, n=1, c=c)
+        affine_launches(side, "planes", BF16, n=1, c=c)
     for launch in caught:
         if "BIG" in launch.meta:
             assert launch.meta["BIG"]
@@ -413,6 +438,17 @@ def test_heaviest(caught, dtype):
     map_launches(49, "planes", dtype, act="gelu")
     for launch in caught[3:6]:
         assert_lean(launch.kernel.__name__, built(launch, "sm_90"))
+
+
+@pytest.mark.parametrize(
+    "target", ["sm_90", "sm_100", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "gfx942"))]
+)
+@pytest.mark.parametrize(("kind", "dtype"), [("planes", BF16), ("pixels", BF16), ("pixels", F64)], ids=str)
+def test_tails(caught, kind, dtype, target):
+    """A pixel of channels_last has a value of each channel beside it, and five sums: with GELU they still fit."""
+    affine_launches(49, kind, dtype, act="gelu")
+    for launch in caught:
+        assert_wide(launch, target, f"{launch.kernel.__name__} in {kind}, {dtype}, {target}")
 
 
 @pytest.mark.parametrize(
@@ -440,6 +476,7 @@ def test_odd_sizes(caught, kind, size, dtype, target):
     for n, c in ((1, 1), (3, 17)):
         map_launches(size, kind, dtype, "silu", n, c)
         branch_launches(size, kind, dtype, 3, n, c)
+        affine_launches(size, kind, dtype, "silu", n, c)
     for launch in caught:
         assert_lean(launch.kernel.__name__, built(launch, target))
 
