@@ -196,6 +196,50 @@ inline constexpr const char* affine_pool_scale_reduce_spelled_schema =
     "affine_pool_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
 inline constexpr const char* affine_pool_scale_reduce_options_schema = "affine_pool_scale_reduce_options(int mask, str act, float slope) -> int";
 
+struct batch_affine_options {
+  int64_t mask;
+  int64_t size;
+  double eps;
+};
+inline int64_t batch_affine_register(int64_t mask, int64_t size, double eps) {
+  return Table<batch_affine_options>::add({mask, size, eps});
+}
+std::tuple<Tensor, Tensor> batch_affine_cpu(const Tensor& moments, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t size, double eps);
+inline std::tuple<Tensor, Tensor> batch_affine_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const batch_affine_options& o = Table<batch_affine_options>::at(options);
+  return batch_affine_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), o.size, o.eps);
+}
+inline constexpr const char* batch_affine_schema =
+    "batch_affine(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> batch_affine_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t size, double eps) {
+  return batch_affine_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), size, eps);
+}
+inline constexpr const char* batch_affine_spelled_schema =
+    "batch_affine_spelled(Tensor[] tensors, int mask, int size, float eps) -> (Tensor, Tensor)";
+inline constexpr const char* batch_affine_options_schema = "batch_affine_options(int mask, int size, float eps) -> int";
+
+struct batch_affine_bwd_options {
+  int64_t mask;
+  int64_t size;
+  double eps;
+};
+inline int64_t batch_affine_bwd_register(int64_t mask, int64_t size, double eps) {
+  return Table<batch_affine_bwd_options>::add({mask, size, eps});
+}
+std::tuple<Tensor, Tensor> batch_affine_bwd_cpu(const Tensor& moments, const Tensor& dboth, const Tensor& statistics, const std::optional<Tensor>& weight, int64_t size, double eps);
+inline std::tuple<Tensor, Tensor> batch_affine_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const batch_affine_bwd_options& o = Table<batch_affine_bwd_options>::at(options);
+  return batch_affine_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.size, o.eps);
+}
+inline constexpr const char* batch_affine_bwd_schema =
+    "batch_affine_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> batch_affine_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t size, double eps) {
+  return batch_affine_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), size, eps);
+}
+inline constexpr const char* batch_affine_bwd_spelled_schema =
+    "batch_affine_bwd_spelled(Tensor[] tensors, int mask, int size, float eps) -> (Tensor, Tensor)";
+inline constexpr const char* batch_affine_bwd_options_schema = "batch_affine_bwd_options(int mask, int size, float eps) -> int";
+
 struct branch_pool_options {
   int64_t mask;
   int64_t splits;

@@ -2,6 +2,7 @@
 
 from .affine_apply import affine_apply
 from .affine_pool_scale import affine_pool_scale
+from .batch_affine import batch_affine
 from .branch_pool import branch_pool
 from .branch_scale import branch_scale
 from .branch_softmax import branch_softmax
@@ -27,6 +28,7 @@ __all__ = [
     "affine_apply",
     "affine_pool_scale",
     "bam_scale",
+    "batch_affine",
     "branch_pool",
     "branch_scale",
     "branch_softmax",
