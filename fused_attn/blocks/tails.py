@@ -4,8 +4,8 @@
 
 A parent is described by data: what its forward does before the gate, what stands in between, and what comes after.
 There may be no activation, or no shortcut. A forward is rewritten only where the original's source is a known one and
-nothing stands between gate, add and activation. Any mechanism's gate fits, as long as its plan runs a residual and an
-epilogue.
+nothing stands between gate, add and activation. Any mechanism's gate fits whose plan is all of its forward, and takes a
+residual and an epilogue (`Plan.fits_tail`).
 """
 
 from collections.abc import Callable
@@ -70,6 +70,8 @@ class TailPlan(Plan):
         gate = children.get(tail.gate)
         if gate is None or not all(vars(module)[name] for name in tail.needs):
             raise Refused(f"{tail.gate} is None, or isn't called")
+        if type(gate).__call__ is not nn.Module.__call__:
+            raise Refused(f"{tail.gate} is a {path(type(gate))}, which has a __call__ of its own")
         if isinstance(gate, Planned) and type(gate).forward is not type(gate).by_plan:
             raise Refused(f"{tail.gate} is a {path(type(gate))}, which overrides the forward that its plan replaces")
         self.tail = tail
@@ -104,8 +106,11 @@ def _forward(self: Any, x: Tensor) -> Tensor:
         return self.original.forward(self, x)
     tail, children = plan.tail, self._modules
     gate = ready(children[tail.gate])
-    if gate is None or plan.drops():
-        unfused(self, "its gate runs unfused" if gate is None else "drop_path stands between gate and add")
+    if gate is None or not gate.fits_tail or plan.drops():
+        why = "drop_path stands between gate and add"
+        if gate is None or not gate.fits_tail:
+            why = "its gate runs unfused" if gate is None else "its gate takes no residual and activation"
+        unfused(self, why)
         return self.original.forward(self, x)
     given = x
     x, shortcut = tail.branch(self, x)
