@@ -89,8 +89,8 @@ class Plan:
                 raise Refused(f"{name} {why}")
 
     def seal(self, module: nn.Module) -> None:
-        """Remembers the methods that aren't called: forward of the children's classes, and what the rule of the module's
-        class read. Raises Refused where a child's class has another than its own."""
+        """Remembers the methods that aren't called: forward of the children's classes, and what the module's rule read.
+        Raises Refused where a child's class has another than its own."""
         classes = dict.fromkeys(author(cls) for _, cls, _ in self.skipped)
         for cls in classes:
             if cls.__call__ is not nn.Module.__call__:
@@ -326,7 +326,7 @@ class Rule:
 
     def refuses(self, cls: type) -> str | None:
         """Why modules of class `cls`, this rule's or a subclass, don't run the forward that the rule knows; or None."""
-        if cls.__getattr__ is not nn.Module.__getattr__ or cls.__getattribute__ is not object.__getattribute__:
+        if any(getattr(cls, name) is not getattr(nn.Module, name) for name in ("__getattr__", "__getattribute__")):
             return f"{cls.__qualname__} looks up attributes by itself"
         for name, known in self.sources.items():
             method: Any = getattr(cls, name, None)
