@@ -65,7 +65,7 @@ class Plan:
     # Nothing in a plan refers to the module, which must be freed as soon as nobody else does.
     __slots__ = ("children", "cls", "fixed", "forwards", "handles", "methods", "own", "places", "skipped")
 
-    # Whether `run` is the module's whole forward, and takes a residual and an epilogue: a parent's tail needs all of it.
+    # Whether `run` is the module's whole forward, and takes a residual and an epilogue: what a parent's tail needs.
     fits_tail: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module, skipped: Iterable[str], fixed: Iterable[str] = ()) -> None:

@@ -184,7 +184,6 @@ def _forward_pair(self: Any, x: Tensor, skip: Tensor | None = None) -> Tensor:
 _EFFICIENTNET = "efficientnet_pytorch.model"
 _SMP = "segmentation_models_pytorch.encoders._efficientnet"
 _MONAI = "monai.networks.nets.efficientnet"
-_OTHER_OP = "is no squeeze-and-excitation alone: its gate depends on the position, too"
 _WEIGHT_ONLY = "returns the gate and leaves the product to its parent"
 
 # Each with the fingerprints (`plan.fingerprint(cls.forward)`) of releases: timm 0.9.16 to 1.0.31, torchvision 0.28,
@@ -264,7 +263,6 @@ SE_RULES = register(
         "segmentation_models_pytorch.decoders.manet.decoder.MFABBlock",
         _forward_pair, _PairPlan, {"forward": ("cf558766ed19",)},
     ),
-    _refused("segmentation_models_pytorch.base.modules.SCSEModule", _OTHER_OP),
     _refused("pytorchcv.models.dicenet.DiceAttBlock", _WEIGHT_ONLY),
     _refused("pytorchcv.models.fishnet.PreSEAttBlock", _WEIGHT_ONLY),
 )  # fmt: skip
