@@ -81,7 +81,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def step(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """One forward and backward: the output, and the gradients of inputs and parameters by name, of those that have one."""
+    """One forward and backward: the output, and the gradients by name of inputs and parameters that have one."""
     inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
     y = module(*inputs)
     draw = torch.Generator().manual_seed(99)
