@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from . import log
-from .plan import KEY, READERS, RULES, Fused, Planned, Refused, Rule, fused_class, path, renew
+from .plan import KEY, READERS, RULES, Fused, Plan, Planned, Refused, Rule, fused_class, path, renew
 
 __all__ = ["Report", "Row", "fuse_", "unfuse_"]
 
@@ -181,18 +181,21 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
     rows: dict[int, Row] = {}
     changes: list[Change] = []
     modules = list(model.named_modules())
-    gates: set[int] = set()  # modules that run, or will run, by a plan
+    gates: set[int] = set()  # modules that run, or will run, by a plan that a parent's tail may run
     for name, module, rule in recognised(model):
         if isinstance(module, Planned):
-            if rule is None or rule.tail is None:
+            plan = vars(module).get(KEY)
+            if (rule is None or rule.tail is None) and (plan is None or plan.fits_tail):
                 gates.add(id(module))
             if isinstance(module, Fused):
                 rows[id(module)] = _row(name, module, module.rule, path(module.original), None)
         elif rule is not None and rule.tail is None and selected(module, name):
-            reason = refusal(module, rule)
+            found = read(module, rule)
+            reason = None if isinstance(found, Plan) else found
             rows[id(module)] = _row(name, module, rule, path(type(module)), reason)
-            if reason is None:
-                gates.add(id(module))
+            if isinstance(found, Plan):
+                if found.fits_tail:
+                    gates.add(id(module))
                 changes.append((module, rule))
     for name, module in modules:
         rule = known(module, read=False)
@@ -248,6 +251,12 @@ def known(module: nn.Module, read: bool = True) -> Rule | None:
 
 def refusal(module: nn.Module, rule: Rule) -> str | None:
     """Why this module can't be fused, or None."""
+    found = read(module, rule)
+    return found if isinstance(found, str) else None
+
+
+def read(module: nn.Module, rule: Rule) -> Plan | str:
+    """The plan that this module would run by, or why it can't be fused."""
     if (why := rule.refuses(type(module))) is not None:
         return why
     if "forward" in vars(module):
@@ -255,10 +264,11 @@ def refusal(module: nn.Module, rule: Rule) -> str | None:
     if (own := next((name for name in rule.sources if name in vars(module)), None)) is not None:
         return f"has its own {own}"
     try:
-        rule.plan(module)
+        plan = rule.plan(module)
+        plan.seal(module)
     except Refused as why:
         return str(why)
-    return None
+    return plan
 
 
 def _selection(

@@ -63,7 +63,10 @@ class Plan:
     """
 
     # Nothing in a plan refers to the module, which must be freed as soon as nobody else does.
-    __slots__ = ("children", "cls", "fixed", "handles", "own", "places", "skipped")
+    __slots__ = ("children", "cls", "fixed", "forwards", "handles", "methods", "own", "places", "skipped")
+
+    # Whether `run` is the module's whole forward, and takes a residual and an epilogue: what a parent's tail needs.
+    fits_tail: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module, skipped: Iterable[str], fixed: Iterable[str] = ()) -> None:
         modules = vars(module)["_modules"]
@@ -71,16 +74,39 @@ class Plan:
         self.cls = type(module)
         self.children = tuple(modules.values())
         self.skipped = tuple((child, type(child), vars(child)) for _, child in named)
+        if (missing := next((name for name in fixed if name not in vars(module)), None)) is not None:
+            raise Refused(f"has no attribute {missing}")
         self.own = tuple((name, vars(module)[name]) for name in fixed)
+        self.forwards: tuple[tuple[type, Any], ...] = ()
+        self.methods: tuple[tuple[type, str, Any], ...] = ()
         self.fixed: tuple[tuple[dict[str, Any], str, Any], ...] = ()
         self.places: tuple[dict[str, Any], ...] = ()
         self.handles = RemovableHandle.next_id
         for name, child in named:
+            if hasattr(self.cls, name):
+                raise Refused(f"{name} is an attribute of {self.cls.__qualname__}, which stands before the child")
             if (why := tampered(child)) is not None:
                 raise Refused(f"{name} {why}")
 
+    def seal(self, module: nn.Module) -> None:
+        """Remembers the methods that aren't called: forward of the children's classes, and what the module's rule read.
+        Raises Refused where a child's class has another than its own."""
+        classes = dict.fromkeys(author(cls) for _, cls, _ in self.skipped)
+        for cls in classes:
+            if cls.__call__ is not nn.Module.__call__:
+                raise Refused(f"{cls.__qualname__} has a __call__ of its own")
+            if not own_forward(cls):
+                raise Refused(f"forward of {cls.__qualname__} isn't its own")
+        mine = author(type(module))
+        if isinstance(module, Fused):
+            classes[mine] = None
+            self.methods = tuple((mine, name, getattr(mine, name)) for name in module.rule.sources if name != "forward")
+        self.forwards = tuple((cls, cls.forward) for cls in classes)
+
     def fix(self, child: nn.Module, name: str) -> Any:
         """The value of a child's plain attribute, which from now on is compared on each call."""
+        if name not in vars(child):
+            raise Refused(f"a {path(type(child))} has no attribute {name}")
         value = vars(child)[name]
         self.fixed += ((vars(child), name, value),)
         return value
@@ -114,6 +140,12 @@ class Plan:
             return False
         for child, cls, its in self.skipped:
             if type(child) is not cls or "forward" in its:
+                return False
+        for cls, forward in self.forwards:
+            if cls.forward is not forward:
+                return False
+        for cls, name, method in self.methods:
+            if getattr(cls, name) is not method:
                 return False
         for place in self.places:
             if type(place.get("weight")) not in _PLAIN:
@@ -161,6 +193,19 @@ def tampered(child: nn.Module | None) -> str | None:
     return None
 
 
+def author(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a fused module had before, or the module's own."""
+    return cls.original if issubclass(cls, Fused) else cls
+
+
+def own_forward(cls: type[nn.Module]) -> bool:
+    """Whether the forward that a class has or inherits is the one in the source of a class, not put there later."""
+    base = next(base for base in cls.__mro__ if "forward" in vars(base))
+    method = vars(base)["forward"]
+    where = f"{getattr(method, '__module__', '')}.{getattr(method, '__qualname__', '')}"
+    return where == f"{path(base)}.forward" and not hasattr(method, "__wrapped__")
+
+
 def usual(weight: Any) -> bool:
     """Whether an op may read a weight's numbers; not where a subclass gives them another meaning (quantised)."""
     if type(weight) in _PLAIN or not isinstance(weight, Tensor):
@@ -189,6 +234,7 @@ def renew(module: nn.Module) -> Plan | None:
         if (why := overridden(module)) is not None:
             raise Refused(why)
         plan: Plan = module._plan()
+        plan.seal(module)
     except Refused as why:
         unfused(module, str(why))
         return None
@@ -201,25 +247,25 @@ def equations(cls: type[Any]) -> tuple[str, ...]:
     """Names of the methods, besides forward, that a plan of class `cls` runs instead of."""
     if issubclass(cls, Fused):
         return tuple(name for name in cls.rule.sources if name != "forward")
-    made = _author(cls).__mro__
+    made = _planner(cls).__mro__
     names = [name for base in made[: made.index(Planned)] for name, value in vars(base).items() if callable(value)]
     return tuple(dict.fromkeys(n for n in names if n[0] != "_" and n != "by_plan" and not hasattr(nn.Module, n)))
 
 
-def _author(cls: type[Any]) -> type[Any]:
+def _planner(cls: type[Any]) -> type[Any]:
     """The class that says what a plan of `cls` computes."""
     return cls.original if issubclass(cls, Fused) else next(c for c in cls.__mro__ if "_plan" in vars(c))
 
 
 def overridden(module: "Planned") -> str | None:
     """Which of these methods isn't the one that the plan was written for: a subclass has its own, or the module."""
-    cls, author = type(module), _author(type(module))
+    cls, planner = type(module), _planner(type(module))
     for name in equations(cls):
         if name in vars(module):
             return f"has its own {name}"
-        if getattr(cls, name) is not getattr(author, name):
-            return f"{cls.__qualname__} overrides {name} of {author.__qualname__}"
-    return None
+        if getattr(cls, name) is not getattr(planner, name):
+            return f"{cls.__qualname__} overrides {name} of {planner.__qualname__}"
+    return module.rule.refuses(module.original) if isinstance(module, Fused) else None
 
 
 def unfused(module: nn.Module, why: str) -> None:
@@ -289,10 +335,14 @@ class Rule:
 
     def refuses(self, cls: type) -> str | None:
         """Why modules of class `cls`, this rule's or a subclass, don't run the forward that the rule knows; or None."""
+        if any(getattr(cls, name) is not getattr(nn.Module, name) for name in ("__getattr__", "__getattribute__")):
+            return f"{cls.__qualname__} looks up attributes by itself"
         for name, known in self.sources.items():
             method: Any = getattr(cls, name, None)
             where = f"{getattr(method, '__module__', '')}.{getattr(method, '__qualname__', '')}"
             if where != f"{self.path}.{name}":
+                if path(cls) == self.path:
+                    return f"{name} of {cls.__qualname__} isn't its own"
                 return f"{cls.__qualname__} overrides {name} of {self.path.rpartition('.')[2]}"
             if hasattr(method, "__wrapped__"):
                 return f"{name} of {cls.__qualname__} is wrapped"
@@ -393,16 +443,19 @@ _SAME_NUMBERS: dict[str, tuple[str, ...]] = {
     ),
     "clamp": ("pytorchcv.models.ghostnet.GhostHSigmoid",),
 }
+# Options that change the numbers, and the values with which they are the ops'.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "gelu": {"approximate": "none"}, "silu": {"alpha": 1}, "relu6": {"min_val": 0, "max_val": 6},
+}  # fmt: skip
 ACTIVATIONS = {cls: name for name, classes in _SAME_NUMBERS.items() for cls in classes}
 
 
 def activation(plan: Plan, role: str, child: nn.Module | None, allowed: Iterable[str]) -> tuple[str, float]:
     """The ops' name of an activation module, and its slope. Raises Refused where it isn't one of `allowed`."""
     name = ACTIVATIONS.get(path(type(child)))
-    if name == "gelu" and "approximate" in vars_of(child) and plan.fix(child, "approximate") != "none":  # type: ignore[arg-type]
-        name = None
-    if name == "silu" and "alpha" in vars_of(child) and plan.fix(child, "alpha") != 1:  # type: ignore[arg-type]
-        name = None
+    for option, usual_value in _OPTIONS.get(name or "", {}).items():
+        if option in vars_of(child) and plan.fix(child, option) != usual_value:  # type: ignore[arg-type]
+            name = None
     if name is None or name not in allowed:
         raise Refused(f"{role} is {child!r}, which no kernel has")
     return name, plan.fix(child, "negative_slope") if name == "leaky_relu" else 0.01  # type: ignore[arg-type]

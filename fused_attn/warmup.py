@@ -33,7 +33,8 @@ def warmup(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanatio
     model run; hooks that wait for accumulated gradients (DistributedDataParallel's, an optimizer's in backward) don't.
     With tqdm installed, a terminal shows how far it is.
 
-    Returns what ran, as `explain` does: the forward without gradients first. Raises what the calls raise.
+    Returns what ran, as `explain` does: the forward without gradients first. Raises what the calls raise, and ValueError
+    for backward of FullyShardedDataParallel, which wouldn't train on.
     """
     passes = [False]
     leaves = pytree.tree_leaves((inputs, kwargs))
@@ -41,6 +42,11 @@ def warmup(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanatio
     needing = [t for t in (*parameters, *leaves) if isinstance(t, Tensor) and t.requires_grad]
     if needing and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         passes.append(True)
+        if isinstance(model, nn.Module) and any(map(_is_flat, model.modules())):
+            raise ValueError(
+                "warmup: FullyShardedDataParallel doesn't train on after torch.autograd.grad; warm up the model before "
+                "it is wrapped, or under torch.no_grad()"
+            )
     with (
         _as_it_was(model, leaves),
         _progress(model, len(passes)) as advance,
@@ -50,6 +56,12 @@ def warmup(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanatio
         for gradients in passes:
             _run(model, inputs, kwargs, parameters if gradients else None)
     return Explanation(lines + not_fused(model))
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """Whether this is FSDP of the first generation: only its hooks on accumulated gradients put its state back."""
+    where = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
+    return any(plan.path(cls) == where for cls in type(module).__mro__)
 
 
 def _run(model: Callable[..., Any], inputs: Any, kwargs: Any, parameters: list[nn.Parameter] | None) -> None:

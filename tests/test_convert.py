@@ -419,6 +419,48 @@ def test_what_hangs_on_a_child_makes_it_run_unfused(name: str, where: str, befor
     assert len(ran_unfused(model, feature_map())) >= 1
 
 
+PATCHES: dict[str, tuple[type[nn.Module], str, str, list[str]]] = {
+    "a child's": (nn.Conv2d, "forward", "body.0.se.fc1", ["first", "body.0.se", "last"]),
+    "an activation's": (nn.ReLU, "forward", "last.activation", ["first", "body.0.se", "last"]),
+    "a gate's": (SEModule, "forward", "first", ["first", "body.0.se"]),
+    "a parent's": (resnet.Bottleneck, "forward", "body.0", ["body.0"]),
+    "a part of a gate's": (SqueezeExcitation, "_scale", "last", ["last"]),
+}
+
+
+@pytest.mark.parametrize("wraps", [True, False], ids=["wrapped", "plain"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_method_replaced_on_a_class(name: str, before: bool, wraps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tools do that count or log: what isn't called through the class any more would go unnoticed."""
+    cls, method, where, concerned = PATCHES[name]
+    model, original = make(Model).eval(), make(Model).eval()
+    plain = original(feature_map())
+    if not before:
+        fuse_(model)
+        model(feature_map())
+    kept, calls = getattr(cls, method), []
+
+    def replaced(self: nn.Module, *args: Tensor) -> Tensor:
+        calls.append(self)
+        return 1.5 * kept(self, *args)
+
+    monkeypatch.setattr(cls, method, functools.wraps(kept)(replaced) if wraps else replaced)
+    if before:
+        refused = fuse_(model).refused
+        assert {name for name, _ in refused} >= set(concerned)
+        assert all("isn't its own" in why or "is wrapped" in why for _, why in refused), refused
+    want = original(feature_map())
+    calls.clear()
+    assert relative(model(feature_map()), want) < 1e-12
+    assert model.get_submodule(where) in calls
+    assert relative(want, plain) > 1e-3
+    assert before or set(ran_unfused(model, feature_map())) != set()
+    monkeypatch.undo()
+    assert relative(model(feature_map()), plain) < 1e-12
+    assert before or ran_unfused(model, feature_map()) == []
+
+
 def test_a_hook_on_a_child_is_called_and_removing_it_fuses_again() -> None:
     model = make(Model)
     fuse_(model)

@@ -661,3 +661,69 @@ def test_fully_sharded_data_parallel(order: str, wrap: list[str], one_process: N
         if wrap:
             with pytest.raises(RuntimeError, match=r"body became a .*FSDPFusedBottleneck after it was fused"):
                 unfuse_(ours)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("original_parameters", [True, False], ids=["original parameters", "flat parameters"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_first_generation_of_fsdp(order: str, original_parameters: bool, one_process: None) -> None:
+    """Its flat parameters are plain attributes of the layers, as DataParallel's replicas have them."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    ours, theirs = net(), net()
+    if order == "before":
+        fuse_(ours)
+    policy = ModuleWrapPolicy({resnet.Bottleneck})
+    wrapper = FullyShardedDataParallel(
+        ours, auto_wrap_policy=policy, use_orig_params=original_parameters, device_id=torch.device("cpu")
+    )
+    assert isinstance(wrapper.module.body, FullyShardedDataParallel)
+    # Before the first forward, after which the parameters are views of the flat ones until a backward.
+    optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (wrapper, theirs)]
+    if order == "after":
+        wrapper(images())
+        assert not fuse_(wrapper).refused
+    with torch.no_grad():
+        warmup(wrapper, images())
+    with pytest.raises(ValueError, match="warm up the model before it is wrapped"):
+        warmup(wrapper, images())
+    for _ in range(3):
+        results = []
+        for model, optimizer in zip((wrapper, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            y = model(images())
+            y.square().mean().backward()
+            optimizer.step()
+            results.append(y.detach())
+        assert relative(*results) < 1e-9
+    assert ran_unfused(wrapper) == []
+
+
+def test_replicas_of_data_parallel() -> None:
+    """What nn.DataParallel makes for each GPU: a copy of each module's __dict__, with weights that are no parameters."""
+    ours, theirs = pair()
+    weights = {id(p): 2 * p.detach() for p in ours.last.parameters()}
+    replica = ours.last._replicate_for_data_parallel()
+    for name, child in ours.last._modules.items():
+        copied = child._replicate_for_data_parallel()
+        for key, p in child._parameters.items():
+            setattr(copied, key, p if p is None else weights[id(p)])
+        setattr(replica, name, copied)
+    with torch.no_grad():
+        for p in theirs.last.parameters():
+            p.mul_(2)
+    x = torch.randn(2, C, 5, 4, dtype=F64)
+    assert isinstance(replica, plan.Fused)
+    assert relative(replica(x), theirs.last(x)) < 1e-12
+    assert ran_unfused(replica, x) == []
+    assert relative(ours.last(x), theirs.last(x)) > 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_and_back() -> None:
+    ours, theirs = pair()
+    x = images().cuda()
+    assert_same_step(ours.cuda(), theirs.cuda(), x, within=1e-9)
+    assert ran_unfused(ours, x) == []
+    assert_same(ours.cpu(), theirs.cpu())

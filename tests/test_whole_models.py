@@ -14,7 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_attn import Report, fuse_, plan, unfuse_
+from bench import coverage
+from fused_attn import BLOCKS, Report, fuse_, plan, unfuse_
+from fused_attn.blocks.se_rules import ESE_RULES, SE_RULES
+from fused_attn.blocks.tails import TAILS
+from fused_attn.ops import activations
 from tests.support import redraw, relative, settle, step, worst
 
 timm = pytest.importorskip("timm")
@@ -23,7 +27,7 @@ torchvision = pytest.importorskip("torchvision")
 
 class Zoo(NamedTuple):
     """A model: how to build it, how many gates and tails are fused, image size and dimensions; `hard` where it has hard
-    sigmoids or swishes, whose backward in PyTorch rounds its constants to float32."""
+    sigmoids or swishes, whose backward in PyTorch rounds its constants to float32; rate: of learning, in training."""
 
     build: Callable[[], nn.Module]
     gates: int
@@ -31,6 +35,7 @@ class Zoo(NamedTuple):
     size: int = 64
     hard: bool = False
     dims: int = 2
+    rate: float = 0.01
 
 
 def of_timm(name: str, **options: object) -> Callable[[], nn.Module]:
@@ -100,6 +105,68 @@ def of_repositories() -> nn.Module:
     return model
 
 
+class Last(nn.Module):
+    """A gate of maps (N, H, W, C) among others."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def of_rarer_gates() -> nn.Module:
+    """torchvision's ResNet-18 with gates whose options no zoo's model has."""
+    squeeze_excite = pytest.importorskip("timm.layers.squeeze_excite")
+    monai = pytest.importorskip("monai.networks.blocks.squeeze_and_excitation")
+    model = torchvision.models.resnet18(num_classes=16)
+    model.layer1.append(monai.ResidualSELayer(2, 64))
+    model.layer2.append(squeeze_excite.SEModule(128, add_maxpool=True, act_layer=nn.Hardswish))
+    model.layer3.append(Last(squeeze_excite.SqueezeExciteCl(256, act_layer=nn.ReLU6)))
+    model.layer4.append(squeeze_excite.SEModule(512, act_layer=nn.LeakyReLU, norm_layer=nn.BatchNorm2d))
+    return model
+
+
+def of_byobnet(kind: str, attn_last: bool = True) -> Callable[[], nn.Module]:
+    """timm's ByobNet of one kind of block, with SE."""
+
+    def build() -> nn.Module:
+        byobnet = pytest.importorskip("timm.models.byobnet")
+        options = {"attn_last": True} if attn_last else {}
+        blocks = tuple(byobnet.ByoBlockCfg(kind, d=2, c=c, s=2, gs=0, block_kwargs=options) for c in (32, 48, 64))
+        config = byobnet.ByoModelCfg(blocks=blocks, stem_chs=24, stem_type="3x3", attn_layer="se")
+        return byobnet.ByobNet(config, num_classes=16)
+
+    return build
+
+
+def of_resnet(module: str, block: str, **options: object) -> Callable[[], nn.Module]:
+    """timm's ResNet of other blocks, with SE."""
+
+    def build() -> nn.Module:
+        se, resnet = (pytest.importorskip(f"timm.{name}") for name in ("layers.squeeze_excite", "models.resnet"))
+        blocks = pytest.importorskip(f"timm.models.{module}")
+        return resnet.ResNet(
+            getattr(blocks, block), (1, 1, 1, 1), num_classes=16, block_args={"attn_layer": se.SEModule}, **options
+        )
+
+    return build
+
+
+def of_fastseresnet() -> nn.Module:
+    """Of fewer layers than pytorchcv's fastseresnet101b, whose four gates among a hundred layers hardly matter."""
+    fastseresnet = pytest.importorskip("pytorchcv.models.fastseresnet")
+    model = fastseresnet.FastSEResNet([[64] * 2, [128] * 2, [256] * 2, [512] * 2], 64, True, True, num_classes=16)
+    model.features.final_pool = nn.AdaptiveAvgPool2d(1)
+    return model
+
+
+def of_fpenet() -> nn.Module:
+    fpenet = pytest.importorskip("pytorchcv.models.fpenet")
+    return fpenet.FPENet([1, 2, 3], [16, 32, 64], 16, [64, 32], use_se=True, in_size=(64, 64), num_classes=16)
+
+
 MONAI_SENET = {
     "spatial_dims": 3, "in_channels": 3, "block": "se_resnet_bottleneck", "layers": (1, 1, 1, 1), "groups": 1,
     "reduction": 16, "dropout_prob": None, "inplanes": 16, "input_3x3": False, "downsample_kernel_size": 1,
@@ -118,6 +185,24 @@ FAST = {
     "SELayer in resnet18": Zoo(of_repositories, 4),
 }
 SLOW = {
+    "rarer gates in resnet18": Zoo(of_rarer_gates, 4, hard=True),
+    "timm test_byobnet": Zoo(of_timm("test_byobnet"), 4, 2),
+    "timm ByobNet of RepVGG blocks": Zoo(of_byobnet("rep", False), 6, 6),
+    "timm ByobNet of bottlenecks": Zoo(of_byobnet("bottle"), 6, 6),
+    "timm ByobNet of edge blocks": Zoo(of_byobnet("edge"), 6, 6),
+    "timm ResNet of res2net's blocks": Zoo(of_resnet("res2net", "Bottle2neck", base_width=26), 4, 4),
+    "timm ResNet of sknet's basic blocks": Zoo(of_resnet("sknet", "SelectiveKernelBasic"), 8, 4),
+    "timm ResNet of sknet's bottlenecks": Zoo(of_resnet("sknet", "SelectiveKernelBottleneck"), 8, 4),
+    "timm fastvit_mci0": Zoo(of_timm("fastvit_mci0"), 3, 3),
+    "pytorchcv FastSEResNet": Zoo(of_fastseresnet, 4, 4),
+    "pytorchcv FPENet": Zoo(of_fpenet, 6, 6),
+    "MONAI SENet 1-D": Zoo(
+        of_monai("SENet", **{**MONAI_SENET, "spatial_dims": 1, "block": "se_resnetxt_bottleneck", "groups": 2}),
+        4,
+        4,
+        dims=1,
+    ),
+    "smp Unet scse": Zoo(of_smp("Unet", "resnet18", decoder_attention_type="scse"), 10),
     "timm legacy_seresnet50": Zoo(of_timm("legacy_seresnet50"), 16, 16),
     "timm legacy_seresnext26_32x4d": Zoo(of_timm("legacy_seresnext26_32x4d"), 8, 8),
     "timm seresnext26d_32x4d": Zoo(of_timm("seresnext26d_32x4d"), 8, 8),
@@ -126,7 +211,7 @@ SLOW = {
     "timm mobilenetv3_small_100": Zoo(of_timm("mobilenetv3_small_100"), 9, hard=True),
     "timm regnety_002": Zoo(of_timm("regnety_002"), 13),
     "timm ghostnet_100": Zoo(of_timm("ghostnet_100"), 7, hard=True),
-    "timm nf_seresnet26": Zoo(of_timm("nf_seresnet26"), 8),
+    "timm nf_seresnet26": Zoo(of_timm("nf_seresnet26"), 8, rate=1e-8),
     "timm hgnet_tiny": Zoo(of_timm("hgnet_tiny"), 5),
     "timm gcvit_xxtiny": Zoo(of_timm("gcvit_xxtiny"), 11, size=224),
     "timm coatnet_pico_rw_224": Zoo(of_timm("coatnet_pico_rw_224"), 5, size=224),
@@ -143,7 +228,7 @@ SLOW = {
     "pytorchcv ghostnet": Zoo(of_pytorchcv("ghostnet"), 7),
     "pytorchcv efficientnet_b0": Zoo(of_pytorchcv("efficientnet_b0"), 16),
     "pytorchcv cgnet_cityscapes": Zoo(of_pytorchcv("cgnet_cityscapes", in_size=(64, 64)), 24, 24),
-    "pytorchcv sinet_cityscapes": Zoo(of_pytorchcv("sinet_cityscapes", in_size=(64, 64)), 3),
+    "pytorchcv sinet_cityscapes": Zoo(of_pytorchcv("sinet_cityscapes", in_size=(128, 128)), 3, size=128),
     "MONAI EfficientNetBN": Zoo(
         of_monai("EfficientNetBN", model_name="efficientnet-b0", pretrained=False, spatial_dims=2, num_classes=16), 16
     ),
@@ -192,7 +277,9 @@ def open_gates(modules: list[nn.Module]) -> Iterator[None]:
     layers = [(m, m.get_submodule(n)) for m in modules for n in INLINED if n in dict(m.named_modules())]
     inlined = {id(m) for m, _ in layers}
     kept = [copy.deepcopy(layer.state_dict()) for _, layer in layers]
-    with instead([m for m in modules if id(m) not in inlined], lambda i, y: i), torch.no_grad():
+    gates = [m for m in modules if id(m) not in inlined]
+    # Selective kernels are convolutions, too, which nothing can be put in place of.
+    with instead(gates, lambda i, y: i if i.shape == y.shape else y), torch.no_grad():
         for _, layer in layers:
             layer.weight.zero_()
             layer.bias.fill_(40)
@@ -256,6 +343,48 @@ def test_a_whole_model(name: str, record_property: Callable[[str, object], None]
     assert all(torch.equal(grads[k], g) for k, g in truth_grads.items())
 
 
+# What the proof is about: every class that a rule of squeeze-and-excitation or of a parent names, but for those it
+# refuses, and what their networks are made of.
+PARTS = {
+    *(f"act {name}" for name in activations.ACTS),
+    *(f"gate {name}" for name in ("sigmoid", "hard_sigmoid", "clamp", "relu", "prelu")),
+    *(f"act after the sum {name}" for name in ("identity", "relu", "relu6", "gelu")),
+    "norm", "no norm", "one layer", "two layers", "mean", "mean and maximum", "gate", "1 + gate",
+}  # fmt: skip
+
+
+def parts(module: nn.Module) -> set[str]:
+    """What a fused module's plan is made of."""
+    found = vars(module)[plan.KEY]
+    if module.rule.tail is not None:
+        return {f"act after the sum {found.epilogue}"}
+    networks = [found.high, found.low] if hasattr(found, "high") else [found] if hasattr(found, "max_weight") else []
+    return {
+        part
+        for network in networks
+        for part in (
+            f"act {network.act}", f"gate {network.gate}", "norm" if network.norm else "no norm",
+            "two layers" if network.second else "one layer", "mean and maximum" if network.max_weight else "mean",
+            "1 + gate" if network.offset else "gate",
+        )
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_models_hold_every_class_and_option() -> None:
+    scse = BLOCKS["scse"].rules
+    wanted = {rule.path for rule in (*SE_RULES, *ESE_RULES, *TAILS, *scse) if rule.sources}
+    assert len(wanted) > 40
+    seen: set[str] = set()
+    for zoo in (*FAST.values(), *SLOW.values()):
+        model = coverage.build(zoo.build)
+        fuse_(model)
+        for module in model.modules():
+            if isinstance(module, plan.Fused):
+                seen |= {module.rule.path} | parts(module)
+    assert not (wanted | PARTS) - seen
+
+
 STEPS = ["timm seresnet50", "timm rexnet_100", "torchvision mobilenet_v3_large", "pytorchcv seresnet10"]
 
 TRAINED = [pytest.param(n, id=n, marks=[] if n in STEPS else [pytest.mark.slow]) for n in {**FAST, **SLOW}]
@@ -275,7 +404,7 @@ def test_training_steps(name: str) -> None:
     x = image(zoo, 4)
     for m in (original, model):
         torch.manual_seed(5)  # drop_path drops the same
-        optimizer = torch.optim.SGD(m.parameters(), 0.01, momentum=0.9)
+        optimizer = torch.optim.SGD(m.parameters(), zoo.rate, momentum=0.9)
         for _ in range(3):
             optimizer.zero_grad()
             m(x).square().mean().backward()

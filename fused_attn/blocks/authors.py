@@ -25,12 +25,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..plan import READERS, Plan, Refused, Rule, fingerprint, path, ready, tampered
+from ..plan import READERS, Plan, Refused, Rule, author, fingerprint, path, ready, tampered
 from .bam import BamPlan
 from .cbam import CbamPlan, Parts
 from .deep import DeepPlan
 from .eca import ConvPlan
-from .proof import FAILURES, agree, author, methods, redrawn, straight
+from .proof import FAILURES, agree, methods, redrawn, straight
 from .shuffle_attention import ShufflePlan
 from .spatial_group_enhance import GroupPlan
 
@@ -226,7 +226,7 @@ _proved: dict[tuple[Any, ...], bool | str] = {}
 def _prove(module: nn.Module, known: _Known, read: dict[nn.Module, set[str]], channels: tuple[int, ...]) -> bool:
     """Whether it agrees on square maps alone. Raises Refused where it agrees on none."""
     key = (
-        tuple((author(m), m.extra_repr()) for m in module.modules()),
+        tuple((author(type(m)), m.extra_repr()) for m in module.modules()),
         tuple(tuple(sorted((n, repr(vars(owner)[n])) for n in names)) for owner, names in read.items()),
         tuple((n, tuple(t.shape)) for n, t in (*module.named_parameters(), *module.named_buffers())),
         channels,
@@ -252,7 +252,7 @@ def _prove(module: nn.Module, known: _Known, read: dict[nn.Module, set[str]], ch
 
 
 def _plan(module: nn.Module) -> Plan:
-    cls = author(module)
+    cls = author(type(module))
     known = KNOWN[cls.__name__.lower()]
     plan: Any = known.draft(module)
     for name, child in module.named_modules():

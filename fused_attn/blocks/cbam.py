@@ -88,6 +88,7 @@ class CbamPlan(DeepPlan):
         "second",
         "slope",
     )  # fmt: skip
+    fits_tail = True
 
     def __init__(self, module: nn.Module, parts: Parts, kinds: tuple[str, ...] = ("avg", "max"),
                  fixed: tuple[str, ...] = ()) -> None:  # fmt: skip

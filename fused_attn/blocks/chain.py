@@ -154,6 +154,8 @@ class TailPlan(Plan):
             raise Refused(f"{tail.gate} isn't called")
         gate = children.get(tail.gate)
         self.gated = gate is not None
+        if gate is not None and type(gate).__call__ is not nn.Module.__call__:
+            raise Refused(f"{tail.gate} is a {path(type(gate))}, which has a __call__ of its own")
         if isinstance(gate, Planned) and type(gate).forward is not type(gate).by_plan:
             raise Refused(f"{tail.gate} is a {path(type(gate))}, which overrides the forward that its plan replaces")
         self.tail = tail
@@ -304,7 +306,7 @@ def _run(step: Step, x: Any) -> Any:
     """One step before the end."""
     if step.norm is not None and _alone(x) and x.dim() == 4 and x.shape[0] > 0:
         plan = None if step.gate is None else ready(step.gate)
-        means = None if plan is None or getattr(plan, "dim", 4) != 4 else plan.means()
+        means = plan.means() if plan is not None and plan.fits_tail and getattr(plan, "dim", 4) == 4 else None
         if means is not None:
             if step.act == "identity":
                 return normed.run(step.norm, means, x)
@@ -323,8 +325,8 @@ def forward(self: Any, x: Tensor) -> Tensor:
     if plan is None or (type(x) is not Tensor and _extracting(x)):
         return self.original.forward(self, x)
     tail, children, gate = plan.tail, self._modules, None
-    if plan.gated and (gate := ready(children[tail.gate])) is None:
-        unfused(self, "its gate runs unfused")
+    if plan.gated and ((gate := ready(children[tail.gate])) is None or not gate.fits_tail):
+        unfused(self, "its gate runs unfused" if gate is None else "its gate takes no residual and activation")
         return self.original.forward(self, x)
     given, norm = x, plan.norm
     if callable(tail.before):

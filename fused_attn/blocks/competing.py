@@ -18,9 +18,9 @@ from ..ops.branch_softmax import branch_softmax
 from ..ops.branches import MOST
 from ..ops.shared_mlp import shared_mlp
 from ..plan import Plan, Planned, Refused, activation, fingerprint, path, ready, renew, vars_of
+from .excite_plan import dense
 from .norms import keep, norm_of, norm_state
 
-_DENSE = ("torch.nn.modules.linear.Linear", *(f"torch.nn.modules.conv.Conv{d}d" for d in (1, 2, 3)))
 _MEAN = "torch.nn.modules.pooling.AdaptiveAvgPool2d"
 _SOFTMAX = "torch.nn.modules.activation.Softmax"
 
@@ -34,6 +34,7 @@ class Head(Plan):
     """
 
     __slots__ = ("act", "act_place", "first", "gate", "groups", "inner", "norm", "second", "slope")
+    fits_tail = True
 
     def __init__(
         self,
@@ -70,8 +71,8 @@ class Head(Plan):
         self, plan: Plan, fc1: str, fc2: str, act: str, norm: str | None, gate: str | None, children: dict[str, Any]
     ) -> None:
         """Reads the layers; plan: that of the module whose children they are."""
-        self.first, groups = dense(plan, fc1, children[fc1])
-        self.second, self.groups = dense(plan, fc2, children[fc2])
+        self.first, self.second = (dense(plan, name, children[name], groups=None) for name in (fc1, fc2))
+        groups, self.groups = (vars_of(children[name]).get("groups", 1) for name in (fc1, fc2))
         if groups != self.groups:
             raise Refused(f"{fc1} has {groups} groups and {fc2} {self.groups}")
         hidden, expected = self.first["weight"].shape[0], self.second["weight"].shape[1] * self.groups
@@ -98,6 +99,11 @@ class Head(Plan):
     def nest(self, module: nn.Module, plan: Plan) -> None:
         """Adds the plan of a child whose own children are skipped as well."""
         self.inner += ((module, plan),)
+
+    def seal(self, module: nn.Module) -> None:
+        super().seal(module)
+        for child, plan in self.inner:
+            plan.seal(child)
 
     def intact(self, attributes: dict[str, Any]) -> bool:
         return super().intact(attributes) and all(plan.intact(vars(child)) for child, plan in self.inner)
@@ -152,21 +158,6 @@ class Head(Plan):
         y, statistics = out
         keep(self.norm, statistics, y.shape[0])  # type: ignore[arg-type]
         return y
-
-
-def dense(plan: Plan, name: str, child: nn.Module | None) -> tuple[dict[str, Any], int]:
-    """Where a dense layer keeps its weights, and its groups. Raises Refused for any other layer."""
-    if path(type(child)) not in _DENSE:
-        raise Refused(f"{name} is a {path(type(child))}, not a plain convolution or Linear")
-    assert child is not None
-    options, groups = vars_of(child), 1
-    if "kernel_size" in options:
-        usual = all(k == 1 for k in options["kernel_size"] + options["stride"] + options["dilation"])
-        padding = options["padding"]
-        if not usual or not (isinstance(padding, str) or not any(padding)):
-            raise Refused(f"{name} is {child!r}, not a plain 1×1 convolution")
-        groups = plan.fix(child, "groups")
-    return plan.weights(name, child), groups
 
 
 def network(

@@ -57,6 +57,7 @@ class ExcitePlan(Plan):
         "act", "act_place", "dim", "first", "gate", "gate_place", "max_weight", "norm", "offset", "second", "simple",
         "slope",
     )  # fmt: skip
+    fits_tail = True
 
     def __init__(
         self,
@@ -193,8 +194,11 @@ def _mean(plan: Plan, name: str, child: nn.Module | None) -> int:
     return dims
 
 
-def dense(plan: Plan, name: str, child: nn.Module | None) -> dict[str, Any]:
-    """Where a dense layer keeps its weights. Raises Refused for any other layer."""
+def dense(plan: Plan, name: str, child: nn.Module | None, groups: int | None = 1) -> dict[str, Any]:
+    """Where a dense layer keeps its weights. Raises Refused for any other layer.
+
+    groups: how many it may have; None: any number
+    """
     where = path(type(child))
     if where not in _DENSE and (child is None or fingerprint(type(child).forward) != _SAME.get(where)):
         raise Refused(f"{name} is a {where}, not a plain convolution or Linear")
@@ -202,8 +206,10 @@ def dense(plan: Plan, name: str, child: nn.Module | None) -> dict[str, Any]:
     if "kernel_size" in options:
         usual = all(k == 1 for k in (*options["kernel_size"], *options["stride"], *options["dilation"]))
         padding = options["padding"]
-        if not usual or options["groups"] != 1 or not (isinstance(padding, str) or not any(padding)):
+        if not usual or groups not in (None, options["groups"]) or not (isinstance(padding, str) or not any(padding)):
             raise Refused(f"{name} is {child!r}, not a plain 1×1 convolution")
+        if groups is None:
+            plan.fix(child, "groups")  # type: ignore[arg-type]
     assert child is not None
     padder = options["_modules"].get("static_padding")
     if padder is not None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import use_backend
-from ..plan import KEY, Plan, Refused, path
+from ..plan import KEY, Plan, Refused, author, path
 
 _BRANCHES = (
     ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.With, ast.Match, ast.BoolOp, ast.Compare, ast.Lambda,
@@ -65,12 +65,6 @@ def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
     return value is None or isinstance(value, (bool, int, str))
-
-
-def author(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before it was fused."""
-    cls: type[nn.Module] = getattr(type(module), "original", type(module))
-    return cls
 
 
 @functools.cache
@@ -170,7 +164,7 @@ class _Reading(ast.NodeVisitor):
             if name in own and name != "training" and _plain(own[name]):
                 self.attributes.add(name)
                 return
-            cls = author(self.module)
+            cls = author(type(self.module))
             if name not in own and name in vars(cls):
                 method = getattr(cls, name)
                 if inspect.isfunction(method):
@@ -254,7 +248,7 @@ def straight(
 
 def original(module: nn.Module) -> nn.Module:
     """A copy of the module, of the class that it had before it was fused: for trials."""
-    cls = author(module)
+    cls = author(type(module))
     twin: nn.Module = cls.__new__(cls)
     twin.__dict__.update(copy.deepcopy({name: value for name, value in vars(module).items() if name != KEY}))
     return twin

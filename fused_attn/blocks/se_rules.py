@@ -34,11 +34,18 @@ def _forward_channels_last(self: Any, x: Tensor) -> Tensor:
     return plan.run(x.permute(0, 3, 1, 2), None, "identity", 0.01).permute(0, 2, 3, 1)
 
 
+class _PartPlan(ExcitePlan):
+    """Of a forward that does more than the plan."""
+
+    __slots__ = ()
+    fits_tail = False
+
+
 def _rule(
     where: str,
     sources: dict[str, tuple[str, ...]],
     forward: Callable[..., Any] = gate_forward,
-    by_module: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    by_module: Callable[[nn.Module], dict[str, Any]] | None = None,
     **children: Any,
 ) -> Rule:
     """A foreign class by the names of its children, as `ExcitePlan` takes them.
@@ -46,8 +53,10 @@ def _rule(
     by_module: more of them, which depend on the module's attributes
     """
 
+    made = ExcitePlan if forward is gate_forward else _PartPlan
+
     def plan(module: nn.Module) -> ExcitePlan:
-        return ExcitePlan(module, **children, **(by_module(vars(module)) if by_module else {}))
+        return made(module, **children, **(by_module(module) if by_module else {}))
 
     return Rule(where, forward, plan, sources)
 
@@ -61,17 +70,23 @@ def _refused(where: str, why: str) -> Rule:
     return Rule(where, gate_forward, plan, {})
 
 
-def _pytorchcv(attributes: dict[str, Any]) -> dict[str, Any]:
-    dense = "conv" if attributes["use_conv"] else "fc"
+def _attribute(module: nn.Module, name: str) -> Any:
+    if name not in vars(module):
+        raise Refused(f"has no attribute {name}")
+    return vars(module)[name]
+
+
+def _pytorchcv(module: nn.Module) -> dict[str, Any]:
+    dense = "conv" if _attribute(module, "use_conv") else "fc"
     return {"fc1": f"{dense}1", "fc2": f"{dense}2"}
 
 
-def _sinet(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {"act": "activ", "fc2": "fc2"} if attributes["use_conv2"] else {"fc2": None}
+def _sinet(module: nn.Module) -> dict[str, Any]:
+    return {"act": "activ", "fc2": "fc2"} if _attribute(module, "use_conv2") else {"fc2": None}
 
 
-def _monai(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {"offset": 1.0 if attributes["add_residual"] else 0.0}
+def _monai(module: nn.Module) -> dict[str, Any]:
+    return {"offset": 1.0 if _attribute(module, "add_residual") else 0.0}
 
 
 def _theirs(where: str, name: str) -> Any:
@@ -112,9 +127,9 @@ def _mbconv(where: str, has_se: str, expands: Callable[[Any], bool], skips: Call
         return forward(self, inputs)
 
     def plan(module: nn.Module) -> ExcitePlan:
-        if not vars(module)[has_se]:
+        if not _attribute(module, has_se):
             raise Refused("has no gate")
-        return ExcitePlan(
+        return _PartPlan(
             module, "_se_reduce", "_se_expand", Given("sigmoid"), "_swish", fixed=(has_se,),
             pool="_se_adaptpool" if padded else None,
             idle=("_se_reduce_padding", "_se_expand_padding") if padded else (),
@@ -123,7 +138,7 @@ def _mbconv(where: str, has_se: str, expands: Callable[[Any], bool], skips: Call
     return {
         "forward": forward_monai if padded else forward,
         "plan": plan,
-        "holds": lambda module: bool(vars(module)[has_se]),
+        "holds": lambda module: bool(vars(module).get(has_se)),
     }
 
 
@@ -169,7 +184,6 @@ def _forward_pair(self: Any, x: Tensor, skip: Tensor | None = None) -> Tensor:
 _EFFICIENTNET = "efficientnet_pytorch.model"
 _SMP = "segmentation_models_pytorch.encoders._efficientnet"
 _MONAI = "monai.networks.nets.efficientnet"
-_OTHER_OP = "is no squeeze-and-excitation alone: its gate depends on the position, too"
 _WEIGHT_ONLY = "returns the gate and leaves the product to its parent"
 
 # Each with the fingerprints (`plan.fingerprint(cls.forward)`) of releases: timm 0.9.16 to 1.0.31, torchvision 0.28,
@@ -249,7 +263,6 @@ SE_RULES = register(
         "segmentation_models_pytorch.decoders.manet.decoder.MFABBlock",
         _forward_pair, _PairPlan, {"forward": ("cf558766ed19",)},
     ),
-    _refused("segmentation_models_pytorch.base.modules.SCSEModule", _OTHER_OP),
     _refused("pytorchcv.models.dicenet.DiceAttBlock", _WEIGHT_ONLY),
     _refused("pytorchcv.models.fishnet.PreSEAttBlock", _WEIGHT_ONLY),
 )  # fmt: skip

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import activations
 from ..ops.pool_soft_threshold import pool_soft_threshold
 from ..ops.shared_mlp import shared_mlp
 from ..plan import Plan, Planned, Refused, path, ready, renew, tampered, vars_of
@@ -47,6 +48,7 @@ class ShrinkagePlan(Plan):
     """
 
     __slots__ = ("factor", "first", "norm", "pool", "second")
+    fits_tail = True
 
     def __init__(
         self, module: nn.Module, fc: str, factor: str, pool: str = "mean_abs", skipped: tuple[str, ...] = ()
@@ -97,12 +99,10 @@ class ShrinkagePlan(Plan):
         out: Any = pool_soft_threshold(
             x, excite, *(t for t in tensors if t is not None), pool=self.pool, residual=residual
         )
-        if norm != "batch":
-            return out
-        y: Tensor
-        y, statistics = out
-        keep(self.norm, statistics, x.shape[0])  # type: ignore[arg-type]
-        return y
+        if norm == "batch":
+            out, statistics = out
+            keep(self.norm, statistics, x.shape[0])  # type: ignore[arg-type]
+        return activations.apply(epilogue, out, epilogue_slope)
 
 
 class Shrinkage(Planned):

@@ -31,6 +31,7 @@ class ShufflePlan(Plan):
     """Four parameters of the module, and its GroupNorm `gn`."""
 
     __slots__ = ("eps", "norm", "parameters")
+    fits_tail = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, ("gn",))

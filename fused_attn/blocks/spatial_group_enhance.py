@@ -25,6 +25,7 @@ class GroupPlan(Plan):
     """Two parameters of the module and its eps; there are no children to skip. eps: None: an attribute of the module"""
 
     __slots__ = ("eps", "parameters")
+    fits_tail = True
 
     def __init__(self, module: nn.Module, eps: float | None = None) -> None:
         super().__init__(module, (), ("eps",) if eps is None else ())

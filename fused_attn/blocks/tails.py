@@ -108,6 +108,19 @@ def _osa(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return out, kept[0] if self.residual else None
 
 
+def _res2net(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Convolutions one after the other on slices of the channels, each with the last one's output added."""
+    slices = torch.split(self.relu(self.bn1(self.conv1(x))), self.width, 1)
+    done: list[Tensor] = []
+    for i, (conv, norm) in enumerate(zip(self.convs, self.bns, strict=False)):
+        alone = i == 0 or self.is_first
+        done.append(self.relu(norm(conv(slices[i] if alone else done[-1] + slices[i]))))
+    if self.scale > 1:
+        done.append(slices[-1] if self.pool is None else self.pool(slices[-1]))
+    out = self.bn3(self.conv3(self.drop_block(torch.cat(done, 1))))
+    return out, x if self.downsample is None else self.downsample(x)
+
+
 _SENET = ("conv1", "bn1", "relu", "conv2", "bn2", "relu")
 TAILS = register(
     tail_rule(
@@ -189,6 +202,16 @@ TAILS = register(
             downsample="shortcut", skip="shortcut",
         ),
     ),
+    tail_rule(
+        "timm.models.byobnet.DarkBlock",
+        ("3e968f1c61b2",),
+        Tail(("conv1_1x1", "attn", "conv2_kxk"), "attn_last", "act", "drop_path", "shortcut", skip="shortcut"),
+    ),
+    tail_rule(
+        "timm.models.byobnet.EdgeBlock",
+        ("af4765dcfda7",),
+        Tail(("conv1_kxk", "attn", "conv2_1x1"), "attn_last", "act", "drop_path", "shortcut", skip="shortcut"),
+    ),
     tail_rule("timm.models.byobnet.RepVggBlock", ("5ea58069f93e",), Tail(_repvgg, "attn", "act")),
     tail_rule("timm.models.byobnet.MobileOneBlock", ("6615dcef0da9",), Tail(_mobileone_of_byobnet, "attn", "act")),
     tail_rule(
@@ -201,6 +224,21 @@ TAILS = register(
         "timm.models.rexnet.LinearBottleneck",
         ("39056614428b",),
         Tail(_rexnet, "se", "act_dw", after=_after_rexnet),
+    ),
+    tail_rule(
+        "timm.models.res2net.Bottle2neck",
+        ("c7e0edddd70e",),
+        Tail(_res2net, "se", "relu", "drop_path", inplace=True),
+    ),
+    tail_rule(
+        "timm.models.sknet.SelectiveKernelBasic",
+        ("c12022b87760",),
+        Tail(("conv1", "conv2"), "se", "act", "drop_path", inplace=True),
+    ),
+    tail_rule(
+        "timm.models.sknet.SelectiveKernelBottleneck",
+        ("0d8f2731e1de",),
+        Tail(("conv1", "conv2", "conv3"), "se", "act", "drop_path", inplace=True),
     ),
     tail_rule("timm.models.vovnet.OsaBlock", ("757430c19e12",), Tail(_osa, "attn", None, "drop_path")),
     tail_rule("pytorchcv.models.seresnet.SEResUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
