@@ -11,8 +11,6 @@ Backward, d = m − μ:  dγ = r·t,  t = Σ_n (dscale + dshift·d),  dβ = Σ_n
 dm = scale·(dshift − dβ/N) + 2·dvar·d/N,  dm2 = dvar/(N·S)
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,9 @@ def _check(moments: Tensor, weight: Tensor | None, bias: Tensor | None, size: in
         raise ValueError(f"size must be at least 1; got {size}")
 
 
-def _formula(moments: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float) -> tuple[Tensor, Tensor]:
+def _formula(
+    moments: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float
+) -> tuple[Tensor, Tensor]:
     mean, m2 = moments
     mu = mean.mean(0)
     d = mean - mu
@@ -53,7 +53,11 @@ def _save(args: tuple, outs: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor | None
 def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[Tensor | None, ...]:
     (moments, statistics, weight), (size, eps, biased) = saved, consts
     dmoments, dnorm = batch_affine_bwd(moments, grads[0], statistics, weight, size, eps)
-    return dmoments, None if weight is None else dnorm[0].to(weight.dtype), None if biased is None else dnorm[1].to(biased)
+    return (
+        dmoments,
+        None if weight is None else dnorm[0].to(weight.dtype),
+        None if biased is None else dnorm[1].to(biased),
+    )
 
 
 @op(
@@ -106,7 +110,7 @@ def batch_affine_bwd(
     dvar = -0.5 * r * r * a * t
     dmean = a * (dshift - dbias / n) + 2 / n * dvar * d
     dm2 = (dvar / (n * size)).expand_as(dmean)
-    return torch.stack([dmean, dm2]), cast(Tensor, torch.stack([r * t, dbias]))
+    return torch.stack([dmean, dm2]), torch.stack([r * t, dbias])
 
 
 __all__ = ["batch_affine", "batch_affine_bwd"]
