@@ -182,6 +182,8 @@ CONTESTS = {
     )
 }
 
+_NORMED = ("BAM (pytorchcv)", "SK (timm)", "split attention (timm)", "DRSN")  # with a BatchNorm of descriptors
+
 # At (8, 512, 28, 28), float32, against eager: forward, forward+backward. Targets are half as much again.
 AT = (8, 512, 28)
 FLOORS = {
@@ -228,29 +230,20 @@ class Job:
             found.append(t.requires_grad_())
         return found
 
-    def run(self, seconds: float, number: int) -> list[Row]:
-        """Times all of it, interleaved."""
-        base = Row(
-            self.contest.name, self.label, self.mode, self.dtype, self.layout, self.device, "fused", "", "", run=number
-        )
-        if self.contest.needs and not importable(self.contest.needs):
-            return [replace(base, error=f"{self.contest.needs} is not installed")]
+    def _subjects(self) -> tuple[list[Subject], list[tuple[Tensor, ...]]]:
+        """Everything that is timed but the clone, ours first, and the sets of inputs."""
         torch.manual_seed(0)
-        try:
-            pair = self.contest.make(self.c)
-        except Exception as error:
-            return [replace(base, error=f"{type(error).__name__}: {error}")]
+        pair = self.contest.make(self.c)
         for function in pair[:2]:
             if isinstance(function, nn.Module):
                 function.to(self.device, DTYPES[self.dtype]).train(self.mode != "forward")
         first = self._draw(0)
         count = measure.sets_of_buffers(self.device, sum(t.nbytes for t in first))
-        sets = [first, *(self._draw(i) for i in range(1, count))]
-        args = [tuple(each) for each in sets]
+        sets = [tuple(first), *(tuple(self._draw(i)) for i in range(1, count))]
         weights = lambda f: list(f.parameters()) if isinstance(f, nn.Module) else []
         # What a layer doesn't use in this call (convolutions that were taken out) has no gradient, and wants none.
         used = lambda f: [p for p in weights(f) if not getattr(p, "_unused", False)]
-        subject = lambda name, f, source: Subject(name, source, f, args, [[*each, *used(f)] for each in sets])
+        subject = lambda name, f, source: Subject(name, source, f, sets, [[*each, *used(f)] for each in sets])
         with torch.enable_grad():
             for function in pair[:2]:
                 y = function(*first)
@@ -268,12 +261,25 @@ class Job:
             if self.device == "cpu":
                 plain = compiled(pair.eager, layout_optimization=False)
                 subjects.append(replace(eager, name="inductor, no layout", function=plain))
+        return subjects, sets
+
+    def run(self, seconds: float, number: int) -> list[Row]:
+        """Times all of it, interleaved."""
+        base = Row(
+            self.contest.name, self.label, self.mode, self.dtype, self.layout, self.device, "fused", "", "", run=number
+        )
+        if self.contest.needs and not importable(self.contest.needs):
+            return [replace(base, error=f"{self.contest.needs} is not installed")]
+        seen = dict[str, None]()
+        try:
+            subjects, sets = self._subjects()
+            with backend.observe(lambda choice: seen.setdefault(choice.backend)), torch.no_grad():
+                y = subjects[0].function(*sets[0])
+        except Exception as error:
+            return [replace(base, error=f"{type(error).__name__}: {error}")]
         upstream = [torch.randn_like(y) for _ in sets]
         clones = [(torch.randn_like(y),) for _ in sets]
         subjects.append(Subject("clone", "x.clone()", lambda x: x.clone(), clones, [[x] for (x,) in clones]))
-        seen = dict[str, None]()
-        with backend.observe(lambda choice: seen.setdefault(choice.backend)), torch.no_grad():
-            pair.fused(*first)
         candidates = [s.candidate("forward" if s.name == "clone" else self.mode, upstream) for s in subjects]
         timings = measure.interleave(candidates, seconds, self.device)
         clone, rows = timings["clone"], []
@@ -354,7 +360,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     ):  # fmt: skip
         job = Job(CONTESTS[name], n, c, s, dtype, layout, mode, device, tuple(options.baseline))
         trains = mode == "forward+backward" and n == 1  # a BatchNorm of one descriptor per channel has no statistics
-        if options.shape in job.label and not (trains and name in ("SK (timm)", "split attention (timm)", "DRSN")):
+        if options.shape in job.label and not (trains and name in _NORMED):
             found.append(job)
     return found
 
