@@ -402,7 +402,8 @@ def draw(results: dict[str, Any], subtitle: str, path: Path) -> None:
         if any("fused" in found["times"].get(prefix + mode, {}) for found in results.values())
     ]  # fmt: skip
     rows = (len(panels) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 1.2 + 3.1 * rows), squeeze=False, sharey=True)
+    width = max(11, 3.2 * len(results))
+    figure, axes = plt.subplots(rows, 2, figsize=(width, 1.2 + 3.1 * rows), squeeze=False, sharey=True)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (prefix, mode) in zip(axes.flat, panels, strict=False):
@@ -536,9 +537,9 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--full", action="store_true", help="every torch.compile column, however long it takes")
     p.add_argument("--models", nargs="+", choices=NETWORKS, help="only these (default: some; with --full all)")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    p.add_argument("--minutes", type=float, default=8.0, help="when to stop compiling (default: 8)")
+    p.add_argument("--minutes", type=float, default=7.0, help="when to stop compiling (default: 7)")
     p.add_argument(
-        "--seconds", type=float, default=6.0, help="time for one row of times (default: 6; training: 3 times)"
+        "--seconds", type=float, default=4.0, help="time for one row of times (default: 4; training: 3 times)"
     )
     p.add_argument("--no-compile", action="store_true", help="no torch.compile columns")
     p.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for demo.json and demo.png")
