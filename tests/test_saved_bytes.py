@@ -1,5 +1,5 @@
-"""What autograd keeps from forward to backward, of every block: its maps, the output where ReLU needs its mask, and what
-is small beside a map: [N, C], [N, 1, H, W]. What torch's own layers inside of a block keep is theirs.
+"""What autograd keeps from forward to backward, of every block: its maps, the output where ReLU needs its mask, and
+what is small beside a map: [N, C], [N, 1, H, W]. What torch's own layers inside of a block keep is theirs.
 
 Counted by storage, each once, whoever keeps it.
 """
