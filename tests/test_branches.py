@@ -250,6 +250,7 @@ MODULES = {
     "pytorchcv SK 3": lambda: pytorchcv_sknet.SKConvBlock(16, 8, 2, groups=2, num_branches=3, min_channels=5),
     "pytorchcv split": lambda: pytorchcv_att.SAConvBlock(16, 16, 3, 1, 1),
     "pytorchcv split groups": lambda: pytorchcv_att.SAConvBlock(16, 24, 3, 1, 1, groups=2, radix=4),
+    "pytorchcv split radix 1": lambda: pytorchcv_att.SABlock(16, 2, 1),
     "pytorchcv split Linear": lambda: pytorchcv_att.SABlock(8, 1, 2, use_conv=False, normalization=lambda_norm),
 }  # fmt: skip
 
@@ -270,6 +271,9 @@ def test_conversion(name: str, training: bool) -> None:
     assert_same_step(module, original, x, within=1e-10, zero=biases_before_norm(original) if training else ())
     assert ran_unfused(module, x) == []
     names = [line.op for line in explain(module, x).lines]
+    if name == "pytorchcv split radix 1":
+        assert names == ["channel_pool", "shared_mlp", "scale"]
+        return
     assert names == [
         "branch_pool",
         *(["shared_mlp"] if "groups" not in name or "pytorchcv" in name or "SK" in name else []),
@@ -290,7 +294,6 @@ def test_conversion(name: str, training: bool) -> None:
         (lambda: timm_split.SplitAttn(16), lambda m: setattr(m.rsoftmax, "radix", 3), "radix and cardinality"),
         (lambda: timm_split.SplitAttn(16), lambda m: setattr(m, "fc1", nn.Conv2d(16, 32, 3)), "1×1"),
         (lambda: timm_split.SplitAttn(16, norm_layer=lambda c, **k: nn.GroupNorm(1, c)), lambda m: None, "GroupNorm"),
-        (lambda: pytorchcv_att.SABlock(8, 1, 1), lambda m: None, "single split"),
         (lambda: pytorchcv_sknet.SKConvBlock(16, 16, 1, groups=4),
          lambda m: setattr(m.branches, "merge_type", "cat"), "not stacked"),
         (lambda: pytorchcv_sknet.SKConvBlock(16, 16, 1, groups=4),
@@ -302,6 +305,18 @@ def test_refusals(build, change, told: str) -> None:
     change(module)
     (row,) = fuse_(module).refused
     assert re.search(told, row[1]), row
+
+
+def test_pytorchcvs_single_split() -> None:
+    """Its softmax is over one value: 1, without a gradient, but NaN where the mean isn't finite."""
+    original = redraw(pytorchcv_att.SABlock(16, 2, 1)).eval()
+    module = copy.deepcopy(original)
+    fuse_(module)
+    x = feature_map(2, 16, 7, 6, dtype=torch.float32)
+    x[0, 3, 2, 2] = float("inf")
+    assert torch.equal(module(x)[1], x[1])
+    assert torch.equal(module(x).isnan(), original(x).isnan())
+    assert module(x)[0].isnan().all()
 
 
 def test_what_changes_later_is_seen() -> None:

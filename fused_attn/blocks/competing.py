@@ -5,7 +5,7 @@
 The head is read off a module as SE's network is, with dense layers that may be in groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,10 +113,8 @@ class Head(Plan):
         y = y if residual is None else y + residual
         return activations.apply(epilogue, y, epilogue_slope)
 
-    def softmax(
-        self, maps: Sequence[Tensor], splits: int = 1, each: bool = False, merge: str = "sum", dense: bool = False
-    ) -> Tensor:
-        """The branches weighed and merged; a BatchNorm's running statistics are kept.
+    def excite(self, dense: bool = False) -> tuple[Callable[..., Any], list[Tensor]]:
+        """The head as an excite of descriptors (…, C), and its parameters. With batch statistics it returns them, too.
 
         dense: the layers are not in groups, though the logits are
         """
@@ -143,15 +141,26 @@ class Head(Plan):
                 return out[0].unflatten(0, p.shape[:-1]), out[1]
             return out.unflatten(0, p.shape[:-1])
 
-        given = [t for t in slots if t is not None]
-        out = branch_softmax(
-            *maps, excite=excite, params=given, splits=splits, groups=self.groups, each=each, merge=merge
-        )
-        if norm != "batch":
-            return out
+        return excite, [t for t in slots if t is not None]
+
+    def kept(self, out: Any) -> Tensor:
+        """y, of what an op returns around the head; its batch statistics go into the norm's running ones."""
+        if not isinstance(out, tuple):
+            return out  # type: ignore[no-any-return]
         y, statistics = out
         keep(self.norm, statistics, y.shape[0])  # type: ignore[arg-type]
-        return y
+        return y  # type: ignore[no-any-return]
+
+    def softmax(
+        self, maps: Sequence[Tensor], splits: int = 1, each: bool = False, merge: str = "sum", dense: bool = False
+    ) -> Tensor:
+        """The branches weighed and merged. dense: as in `excite`."""
+        excite, given = self.excite(dense)
+        return self.kept(
+            branch_softmax(
+                *maps, excite=excite, params=given, splits=splits, groups=self.groups, each=each, merge=merge
+            )
+        )
 
 
 def dense(plan: Plan, name: str, child: nn.Module | None) -> tuple[dict[str, Any], int]:

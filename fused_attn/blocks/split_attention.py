@@ -10,7 +10,8 @@ What differs between published versions:
     width     in·R/4, at least 32 (the authors'); to a multiple of 8, at least 32 (timm); out·R/4, at least 32
               (pytorchcv)
     groups    the dense layers are in groups (the authors', timm), or not (pytorchcv)
-    R = 1     sigmoid (the authors', timm); pytorchcv takes the softmax over one split, which is 1, and isn't converted
+    R = 1     sigmoid (the authors', timm); pytorchcv takes the softmax over one split: 1, and no gradient, but NaN for
+              a mean that isn't finite
     y         timm and the authors return it contiguous; here it keeps x's memory format
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import pool_scale
 from ..plan import Plan, Refused, Rule, register
 from ..registry import Block, case
 from .competing import Competing, Head, convolution, divisible, foreign, known
@@ -87,8 +89,6 @@ class _Radix(Head):
         self.radix = vars(module)["radix"]
         if self.groups != 1:
             raise Refused(f"{fc1} has {self.groups} groups")
-        if self.radix == 1:
-            raise Refused("the softmax over a single split is 1")
         self.groups = vars(module)["groups"]  # of the logits alone: the layers are dense
         self.outputs(self.radix)
 
@@ -97,7 +97,17 @@ class _Radix(Head):
         return int(self.first["weight"].shape[1])
 
     def weigh(self, x: Tensor) -> Tensor:
-        return self.softmax((x,), splits=self.radix, dense=True)
+        if self.radix > 1:
+            return self.softmax((x,), splits=self.radix, dense=True)
+        excite, given = self.excite(dense=True)
+
+        def alone(p: Tensor, *rest: Tensor) -> Any:
+            out = excite(p, *rest)
+            u, *statistics = out if isinstance(out, tuple) else (out,)
+            gate = torch.softmax(u.unsqueeze(1), 1).squeeze(1)
+            return (gate, *statistics) if statistics else gate
+
+        return self.kept(pool_scale(x, alone, *given, pool="mean"))
 
 
 class SplitAttention(Competing):
