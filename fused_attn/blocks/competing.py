@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..ops import activations
+from ..ops import activations, checks
 from ..ops.branch_softmax import branch_softmax
 from ..ops.branches import MOST
 from ..ops.shared_mlp import shared_mlp
@@ -246,12 +246,17 @@ class Competing(Planned):
     def forward(self, x: Tensor) -> Tensor:
         """y (N, C', *S') of x (N, C, *S). Raises ValueError or TypeError, naming the argument, for a wrong shape or
         dtype."""
+        checks.channels("x", x, *self.takes())
         plan = ready(self)
         if plan is not None:
             return plan.run(x, None, "identity", 0.01)
         return self.equations(x)
 
     by_plan = forward
+
+    def takes(self) -> tuple[int, int]:
+        """How many channels and spatial dimensions x has."""
+        raise NotImplementedError
 
     def equations(self, x: Tensor) -> Tensor:
         """The mechanism in plain PyTorch, by the child modules."""

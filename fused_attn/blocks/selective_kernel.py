@@ -178,7 +178,7 @@ class SelectiveKernel(Competing):
         if split_input and in_channels % len(sizes):
             raise ValueError(f"in_channels must be a multiple of {len(sizes)}, the paths; got {in_channels}")
         self.num_paths, self.in_channels, self.out_channels = len(sizes), in_channels, out_channels
-        self.split_input = split_input
+        self.split_input, self.dims = split_input, dims
         conv = convolution(dims)
         norm = norm_layer or {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
         self.paths = nn.ModuleList()
@@ -199,6 +199,9 @@ class SelectiveKernel(Competing):
 
     def _plan(self) -> Plan:
         return _Paths(self, None)
+
+    def takes(self) -> tuple[int, int]:
+        return self.in_channels, self.dims
 
     def equations(self, x: Tensor) -> Tensor:
         share = self.in_channels // self.num_paths

@@ -148,7 +148,7 @@ class SplitAttention(Competing):
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         out_channels = out_channels or in_channels
-        self.radix, self.groups = radix, groups
+        self.radix, self.groups, self.in_channels, self.dims = radix, groups, in_channels, dims
         made = out_channels * radix
         hidden = rd_channels * radix if rd_channels else divisible(in_channels * radix * rd_ratio, rd_divisor, 32)
         self.conv = convolution(dims)(
@@ -169,6 +169,9 @@ class SplitAttention(Competing):
 
     def _plan(self) -> Plan:
         return _Splits(self)
+
+    def takes(self) -> tuple[int, int]:
+        return self.in_channels, self.dims
 
     def equations(self, x: Tensor) -> Tensor:
         maps = self.act0(self.drop(self.bn0(self.conv(x)))).unflatten(1, (self.radix, -1))
