@@ -146,10 +146,10 @@ class Head(Plan):
     def kept(self, out: Any) -> Tensor:
         """y, of what an op returns around the head; its batch statistics go into the norm's running ones."""
         if not isinstance(out, tuple):
-            return out  # type: ignore[no-any-return]
+            return out
         y, statistics = out
         keep(self.norm, statistics, y.shape[0])  # type: ignore[arg-type]
-        return y  # type: ignore[no-any-return]
+        return y
 
     def softmax(
         self, maps: Sequence[Tensor], splits: int = 1, each: bool = False, merge: str = "sum", dense: bool = False

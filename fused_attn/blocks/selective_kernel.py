@@ -113,7 +113,7 @@ class _Inline(Head):
         y = self.softmax([relu(layers[f"bn2{g}"](layers[f"conv2{g}"](y))) for g in ("", "g")])
         y = layers["bn3"](layers["conv3"](y))
         y += x if downsample is None else downsample(x)
-        return relu(y)  # type: ignore[no-any-return]
+        return relu(y)
 
 
 class _Attention(nn.Module):

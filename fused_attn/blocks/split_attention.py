@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import pool_scale
+from ..ops.pool_scale import pool_scale
 from ..plan import Plan, Refused, Rule, register
 from ..registry import Block, case
 from .competing import Competing, Head, convolution, divisible, foreign, known
