@@ -141,7 +141,7 @@ def _op_rows(content: dict[str, Any]) -> str:
 
 
 def _blocks(contents: Sequence[dict[str, Any]]) -> str:
-    """Per mechanism and mode: speed-up over eager at each shape, and the range over shapes of what else was measured."""
+    """Per mechanism and mode: speed-up over eager at each shape, and its range over shapes of what else there is."""
     eager: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     inductor: dict[tuple[str, str], dict[str, float]] = {}
     for content in contents:
