@@ -141,14 +141,14 @@ class ResidualAttention(nn.Module):
         self.add_trunk = add_trunk
 
     def forward(self, x: Tensor) -> Tensor:
-        """y, in the trunk's shape and memory format, and in the wider dtype of trunk and mask, which autocast may leave in
+        """y, in the trunk's shape and memory format, and in the wider dtype of trunk and mask: autocast may leave them in
         different ones.
 
         Raises ValueError where the mask's shape differs from the trunk's, TypeError where it isn't a floating tensor.
         """
         t = self.trunk(x)
         z = self.mask(x, t) if self.add_trunk else self.mask(x)
-        if t.dtype != z.dtype and t.is_floating_point() and z.is_floating_point():
+        if isinstance(t, Tensor) and isinstance(z, Tensor) and t.dtype != z.dtype and z.is_floating_point():
             wide = torch.promote_types(t.dtype, z.dtype)
             t, z = t.to(wide), z.to(wide)
         y: Tensor = map_scale(t, z, GATES[self.gate], self.eps, self.correction)
