@@ -141,8 +141,8 @@ class ResidualAttention(nn.Module):
         self.add_trunk = add_trunk
 
     def forward(self, x: Tensor) -> Tensor:
-        """y, in the trunk's shape and memory format, and in the wider dtype of trunk and mask: autocast may leave them in
-        different ones.
+        """y, in the trunk's shape and memory format, and in the wider dtype of trunk and mask, which differ under
+        autocast.
 
         Raises ValueError where the mask's shape differs from the trunk's, TypeError where it isn't a floating tensor.
         """
