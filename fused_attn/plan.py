@@ -64,6 +64,7 @@ class Plan:
 
     # Nothing in a plan refers to the module, which must be freed as soon as nobody else does.
     __slots__ = ("children", "cls", "fixed", "handles", "own", "places", "skipped")
+    traces: ClassVar[bool] = True  # whether `run` takes what torch.fx puts in a tensor's place
 
     def __init__(self, module: nn.Module, skipped: Iterable[str], fixed: Iterable[str] = ()) -> None:
         modules = vars(module)["_modules"]

@@ -107,7 +107,7 @@ def _to(t: Tensor | None, like: Tensor) -> Tensor | None:
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign BAM's forward becomes."""
     plan = ready(self)
-    if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
+    if plan is None or not isinstance(x, Tensor) or x.dim() != 4:
         return self.original.forward(self, x)
     return plan.run_on(self, x)  # type: ignore[attr-defined]
 

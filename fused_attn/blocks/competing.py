@@ -227,7 +227,7 @@ def known(child: nn.Module | None, name: str, where: str, *sources: str) -> Any:
 def foreign(self: Any, x: Tensor) -> Tensor:
     """What a foreign module's forward becomes. What isn't (N, C, H, W) is left to its own, which may raise or not."""
     plan = ready(self)
-    if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
+    if plan is None or not isinstance(x, Tensor) or x.dim() != 4:
         return self.original.forward(self, x)
     return plan.run(x, None, "identity", 0.01)
 

@@ -107,6 +107,8 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     if gate is None or plan.drops():
         unfused(self, "its gate runs unfused" if gate is None else "drop_path stands between gate and add")
         return self.original.forward(self, x)
+    if not (isinstance(x, Tensor) or gate.traces):
+        return self.original.forward(self, x)
     given = x
     x, shortcut = tail.branch(self, x)
     if isinstance(x, Tensor) and (
