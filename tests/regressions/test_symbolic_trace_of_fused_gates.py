@@ -1,4 +1,4 @@
-"""torch.fx couldn't trace gates that were fused, though it traces the originals: a trace then has the original's graph."""
+"""torch.fx couldn't trace fused gates, though it traces the originals: a trace now has the original's graph."""
 
 import copy
 
@@ -23,7 +23,7 @@ GATES = {
     "split attention": lambda: _made("timm.layers.split_attn.SplitAttn", 16),
     "CBAM in its unit": lambda: _made("pytorchcv.models.cbamresnet.CbamResUnit", 16, 16, 1, False),
     "BAM": lambda: _made("pytorchcv.models.bamresnet.BamBlock", 16),
-    "SK of pytorchcv": lambda: _made("pytorchcv.models.sknet.SKConvBlock", 16, 32, 1),
+    "SK of pytorchcv": lambda: _made("pytorchcv.models.sknet.SKConvBlock", 16, 16, 1, groups=4),
     "split attention of pytorchcv": lambda: _made("pytorchcv.models.common.att.SABlock", 8, 1, 2),
 }
 
