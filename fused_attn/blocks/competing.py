@@ -21,6 +21,7 @@ from ..plan import Plan, Planned, Refused, activation, fingerprint, path, ready,
 from .norms import keep, norm_of, norm_state
 
 _DENSE = ("torch.nn.modules.linear.Linear", *(f"torch.nn.modules.conv.Conv{d}d" for d in (1, 2, 3)))
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}  # by spatial dimensions
 _MEAN = "torch.nn.modules.pooling.AdaptiveAvgPool2d"
 _SOFTMAX = "torch.nn.modules.activation.Softmax"
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..plan import Plan, Refused, Rule, register
 from ..registry import Block, case
-from .competing import Competing, Head, convolution, divisible, foreign, known
+from .competing import NORMS, Competing, Head, convolution, divisible, foreign, known
 
 _ATTENTION = "timm.layers.selective_kernel.SelectiveKernelAttn", "76e3253b98e9"
 _CONCURRENT = "pytorchcv.models.common.arch.Concurrent", "5fbc48c13294"
@@ -180,7 +180,7 @@ class SelectiveKernel(Competing):
         self.num_paths, self.in_channels, self.out_channels = len(sizes), in_channels, out_channels
         self.split_input, self.dims = split_input, dims
         conv = convolution(dims)
-        norm = norm_layer or {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+        norm = norm_layer or NORMS[dims]
         self.paths = nn.ModuleList()
         for size, share in zip(sizes, shares, strict=True):
             spread, kernel = (dilation * (size - 1) // 2, 3) if keep_3x3 else (dilation, size)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..ops.pool_scale import pool_scale
 from ..plan import Plan, Refused, Rule, register
 from ..registry import Block, case
-from .competing import Competing, Head, convolution, divisible, foreign, known
+from .competing import NORMS, Competing, Head, convolution, divisible, foreign, known
 
 _RADIX_SOFTMAX = "timm.layers.split_attn.RadixSoftmax", "6ee174371919"
 
@@ -155,9 +155,8 @@ class SplitAttention(Competing):
             in_channels, made, kernel_size, stride=stride, padding=kernel_size // 2 if padding is None else padding,
             dilation=dilation, groups=groups * radix, bias=bias, **where,
         )  # fmt: skip
-        norms = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
         # The head's descriptors are (N, C, 1, 1), whatever x's dimensions.
-        first = norms[dims] if norm_layer is nn.BatchNorm2d else norm_layer
+        first = NORMS[dims] if norm_layer is nn.BatchNorm2d else norm_layer
         self.bn0 = first(made, **where) if norm_layer else nn.Identity()
         self.drop = nn.Identity()
         self.act0 = act_layer()
