@@ -10,7 +10,7 @@ epilogue.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     if gate is None or plan.drops():
         unfused(self, "its gate runs unfused" if gate is None else "drop_path stands between gate and add")
         return self.original.forward(self, x)
-    if not (isinstance(x, Tensor) or gate.traces):
+    if not (gate.traces or isinstance(cast(Any, x), Tensor)):
         return self.original.forward(self, x)
     given = x
     x, shortcut = tail.branch(self, x)
