@@ -15,7 +15,6 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 import fused_attn
 from fused_attn import backend, plan
 
-from . import measure, published
+from . import measure, published, session
 from .measure import Row, Timing
 from .ops import DTYPES, INDUCTORS, LAYOUTS, Floor, Subject, compiled, summary
-from .support import importable, progress, table, write_json
+from .support import importable, table
 
 MODES = ("forward", "forward+backward")
 SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # C and H = W of the stages of ResNet-50
@@ -182,6 +181,8 @@ CONTESTS = {
     )
 }
 
+_NORMED = ("BAM (pytorchcv)", "SK (timm)", "split attention (timm)", "DRSN")  # with a BatchNorm of descriptors
+
 # At (8, 512, 28, 28), float32, against eager: forward, forward+backward. Targets are half as much again.
 AT = (8, 512, 28)
 FLOORS = {
@@ -218,6 +219,11 @@ class Job:
     def label(self) -> str:
         return f"{self.n}x{self.c}x{self.s}x{self.s}"
 
+    @property
+    def title(self) -> str:
+        """What is said while it runs."""
+        return f"{self.contest.name} {self.label} {self.mode}"
+
     def _draw(self, seed: int) -> list[Tensor]:
         draw = torch.Generator(self.device).manual_seed(seed)
         found = []
@@ -228,29 +234,20 @@ class Job:
             found.append(t.requires_grad_())
         return found
 
-    def run(self, seconds: float, number: int) -> list[Row]:
-        """Times all of it, interleaved."""
-        base = Row(
-            self.contest.name, self.label, self.mode, self.dtype, self.layout, self.device, "fused", "", "", run=number
-        )
-        if self.contest.needs and not importable(self.contest.needs):
-            return [replace(base, error=f"{self.contest.needs} is not installed")]
+    def _subjects(self) -> tuple[list[Subject], list[tuple[Tensor, ...]]]:
+        """Everything that is timed but the clone, ours first, and the sets of inputs."""
         torch.manual_seed(0)
-        try:
-            pair = self.contest.make(self.c)
-        except Exception as error:
-            return [replace(base, error=f"{type(error).__name__}: {error}")]
+        pair = self.contest.make(self.c)
         for function in pair[:2]:
             if isinstance(function, nn.Module):
                 function.to(self.device, DTYPES[self.dtype]).train(self.mode != "forward")
         first = self._draw(0)
         count = measure.sets_of_buffers(self.device, sum(t.nbytes for t in first))
-        sets = [first, *(self._draw(i) for i in range(1, count))]
-        args = [tuple(each) for each in sets]
+        sets = [tuple(first), *(tuple(self._draw(i)) for i in range(1, count))]
         weights = lambda f: list(f.parameters()) if isinstance(f, nn.Module) else []
         # What a layer doesn't use in this call (convolutions that were taken out) has no gradient, and wants none.
         used = lambda f: [p for p in weights(f) if not getattr(p, "_unused", False)]
-        subject = lambda name, f, source: Subject(name, source, f, args, [[*each, *used(f)] for each in sets])
+        subject = lambda name, f, source: Subject(name, source, f, sets, [[*each, *used(f)] for each in sets])
         with torch.enable_grad():
             for function in pair[:2]:
                 y = function(*first)
@@ -268,12 +265,25 @@ class Job:
             if self.device == "cpu":
                 plain = compiled(pair.eager, layout_optimization=False)
                 subjects.append(replace(eager, name="inductor, no layout", function=plain))
+        return subjects, sets
+
+    def run(self, seconds: float, number: int) -> list[Row]:
+        """Times all of it, interleaved."""
+        base = Row(
+            self.contest.name, self.label, self.mode, self.dtype, self.layout, self.device, "fused", "", "", run=number
+        )
+        if self.contest.needs and not importable(self.contest.needs):
+            return [replace(base, error=f"{self.contest.needs} is not installed")]
+        seen = dict[str, None]()
+        try:
+            subjects, sets = self._subjects()
+            with backend.observe(lambda choice: seen.setdefault(choice.backend)), torch.no_grad():
+                y = subjects[0].function(*sets[0])
+        except Exception as error:
+            return [replace(base, error=f"{type(error).__name__}: {error}")]
         upstream = [torch.randn_like(y) for _ in sets]
         clones = [(torch.randn_like(y),) for _ in sets]
         subjects.append(Subject("clone", "x.clone()", lambda x: x.clone(), clones, [[x] for (x,) in clones]))
-        seen = dict[str, None]()
-        with backend.observe(lambda choice: seen.setdefault(choice.backend)), torch.no_grad():
-            pair.fused(*first)
         candidates = [s.candidate("forward" if s.name == "clone" else self.mode, upstream) for s in subjects]
         timings = measure.interleave(candidates, seconds, self.device)
         clone, rows = timings["clone"], []
@@ -285,6 +295,7 @@ class Job:
                 continue
             of = round(timing.median_us / clone.median_us, 3) if isinstance(clone, Timing) else None
             rows.append(replace(row, **vars(timing), of_clone=of))
+        torch._dynamo.reset()
         return rows
 
 
@@ -319,42 +330,33 @@ def floors(rows: Sequence[Row]) -> list[Floor]:
 def parser(add: Any) -> argparse.ArgumentParser:
     """The options of `python -m bench blocks`."""
     p: argparse.ArgumentParser = add("blocks", help="time every mechanism against what its users run")
-    several = lambda *names: {"nargs": "+", "choices": [*names, "all"], "metavar": "NAME"}
     p.add_argument("--block", nargs="+", choices=list(CONTESTS), metavar="NAME", help=f"of {', '.join(CONTESTS)}")
     p.add_argument("--shape", default="", help="only shapes whose label contains this, such as 512x28")
     p.add_argument("--batch", nargs="+", type=int, default=[8], help="N (default: 8)")
-    p.add_argument("--mode", default=["all"], **several(*MODES), help=f"of {', '.join(MODES)} (default: all)")
-    p.add_argument("--dtype", default=["float32"], **several(*DTYPES), help=f"of {', '.join(DTYPES)}, or all")
-    p.add_argument("--layout", default=["nchw"], **several(*LAYOUTS), help=f"of {', '.join(LAYOUTS)}, or all")
-    p.add_argument("--baseline", nargs="*", default=["eager", "inductor"], choices=["eager", "inductor"])
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    p.add_argument("--seconds", type=float, default=2.0, help="time for one shape in one mode (default: 2)")
-    p.add_argument("--runs", type=int, help="how often to go through everything (default: 1, with --check-floors 3)")
-    p.add_argument("--check-floors", action="store_true", help="only what the floors ask, and their table")
-    p.add_argument("--out", type=Path, help="folder for the JSON; a folder named after the machine is made in it")
+    session.options(p, mode=MODES, dtype=DTYPES, layout=LAYOUTS, baseline=("eager", "inductor"))
     return p
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
     """What the options select."""
-    chosen = lambda given, every: list(every) if "all" in given else given
     device = options.device or measure.default_device()
     names = options.block or list(CONTESTS)
-    found = []
+    baselines = tuple(options.baseline)
     if options.check_floors:
-        for (name, layout), wanted in FLOORS.items():
-            for mode, floor in zip(MODES, wanted, strict=True):
-                if name in names and floor is not None:
-                    baselines = tuple(options.baseline)
-                    found.append(Job(CONTESTS[name], *AT, "float32", layout, mode, device, baselines))
-        return found
+        return [
+            Job(CONTESTS[name], *AT, "float32", layout, mode, device, baselines)
+            for (name, layout), wanted in FLOORS.items()
+            for mode, floor in zip(MODES, wanted, strict=True)
+            if name in names and floor is not None
+        ]
+    found = []
     for name, n, (c, s), mode, dtype, layout in itertools.product(
-        names, options.batch, SHAPES, chosen(options.mode, MODES), chosen(options.dtype, DTYPES),
-        chosen(options.layout, LAYOUTS),
+        names, options.batch, SHAPES, session.chosen(options.mode, MODES), session.chosen(options.dtype, DTYPES),
+        session.chosen(options.layout, LAYOUTS),
     ):  # fmt: skip
-        job = Job(CONTESTS[name], n, c, s, dtype, layout, mode, device, tuple(options.baseline))
+        job = Job(CONTESTS[name], n, c, s, dtype, layout, mode, device, baselines)
         trains = mode == "forward+backward" and n == 1  # a BatchNorm of one descriptor per channel has no statistics
-        if options.shape in job.label and not (trains and name in ("SK (timm)", "split attention (timm)", "DRSN")):
+        if options.shape in job.label and not (trains and name in _NORMED):
             found.append(job)
     return found
 
@@ -365,37 +367,12 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if not selected:
         measure.log("nothing matches the selection")
         return 2
-    device = selected[0].device
-    measure.prepare(device)
-    runs = options.runs or (3 if options.check_floors else 1)
-    result: dict[str, Any] = {
-        "schema": measure.SCHEMA,
-        "kind": "blocks",
-        "provenance": measure.provenance(device, measure.command_line("bench", arguments)),
-    }
-    rows: list[Row] = []
-    bar = progress(list(itertools.product(range(runs), selected)), "bench blocks")
-    for number, job in bar:
-        bar.set_postfix_str(f"{job.contest.name} {job.label} {job.mode}")
-        rows += job.run(options.seconds, number)
-        torch._dynamo.reset()
-    result["rows"] = [r.dict() for r in rows]
-    found = floors(rows) if options.check_floors else []
-    if found:
-        result["floors"] = [f._asdict() | {"met": f.met} for f in found]
-    if device == "cpu":
-        result["provenance"]["probe_after"] = measure.busy()
-    if options.out:
-        name = measure.slug(result["provenance"]["device_name"])
-        path = options.out / name / f"{'block-floors' if found else 'blocks'}-{measure.stamp()}.json"
-        write_json(path, result)
-        measure.log(f"wrote {path}")
+    name = "block-floors" if options.check_floors else "blocks"
+    rows, found = session.run("blocks", selected, options, arguments, floors, name)
     print(summary(rows))
-    failed = [r for r in rows if r.error is not None]
-    for r in failed:
-        print(f"failed: {r.impl}, {r.op} {r.case} {r.mode} {r.dtype} {r.layout}: {r.error}")
+    failed = session.failures(rows)
     if found:
         show = lambda v: "–" if v is None else f"{v:.2f}"
         lines = [[f.name, show(f.floor), show(f.target), show(f.measured), "met" if f.met else "MISSED"] for f in found]
         print("\n" + table(["float32, 8x512x28x28, speed-up", "floor", "target", "measured", ""], lines))
-    return 0 if all(f.met for f in found) and not any(r.impl == "fused" for r in failed) else 1
+    return int(failed or not all(f.met for f in found))

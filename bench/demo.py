@@ -30,41 +30,29 @@ from torch import Tensor, nn
 import fused_attn
 from fused_attn import backend
 
-from . import measure
+from . import measure, networks
 from .measure import Candidate, Timing
-from .support import ROOT, importable, progress, redraw, significant, table, write_json
+from .networks import NETWORKS
+from .support import ROOT, progress, significant, table, write_json
 
-MODELS = ("seresnet50", "efficientnet_b0", "mobilenet_v3_large")
 MODES = ("forward", "training")
-COMPILED_FIRST = ("mobilenet_v3_large", "efficientnet_b0", "seresnet50")  # the quickest to compile first
+COMPILED_FIRST = sorted((n for n in NETWORKS if NETWORKS[n].compiles is not None), key=lambda n: NETWORKS[n].compiles)
 SIZE = 224
 
 
 def batch(mode: str, device: str) -> int:
     """Images at once: one at inference and a few in training on a CPU, what fills a GPU there."""
-    return 64 if device != "cpu" else {"forward": 1, "training": 4}[mode]
+    return 64 if device != "cpu" else {"forward": 1, "training": 2}[mode]
 
 
 def build(name: str, size: int = SIZE) -> nn.Module:
-    """A network by timm's or torchvision's name, every parameter drawn anew, ready for inference."""
-    if not (importable("timm") and importable("torchvision")):
-        raise SystemExit("the demo needs timm and torchvision: pip install -r requirements-dev.txt")
-    torch.manual_seed(0)
-    if name.startswith("mobilenet_v3"):
-        import torchvision
-
-        model: nn.Module = getattr(torchvision.models, name)(weights=None)
-    else:
-        import timm
-
-        model = timm.create_model(name, pretrained=False)
-    return redraw(model.eval(), torch.randn(4, 3, size, size))
+    """One of `networks`, every parameter drawn anew, unfused and ready for inference."""
+    return networks.build(name, size)
 
 
 def gates(model: nn.Module) -> list[str]:
     """Names of the modules that are gates, in a model that isn't fused."""
-    report = fused_attn.fuse_(copy.deepcopy(model))
-    return [row.name for row in report.rows if row.kind == "gate"]
+    return networks.gates(copy.deepcopy(model))
 
 
 def _plain_dropout(model: nn.Module) -> None:
@@ -90,10 +78,10 @@ def errors(model: nn.Module, size: int, device: str, dtype: torch.dtype = torch.
         toward = torch.randn(2, 1000, generator=generator)
         eager = copy.deepcopy(model).to(device, dtype)
         fused = copy.deepcopy(eager)
-        fused_attn.fuse_(fused)
+        networks.fuse(fused)
         exact = copy.deepcopy(model).to(device, torch.float64)
         answers = {"truth": _answer(exact, x, toward)}
-        fused_attn.fuse_(exact)
+        networks.fuse(exact)
         answers |= {
             "eager": _answer(eager, x, toward),
             "fused": _answer(fused, x, toward),
@@ -151,14 +139,13 @@ def step(model: nn.Module, mode: str, device: str) -> Candidate:
     return Candidate("", [train], nullcontext)
 
 
-def variants(model: nn.Module, device: str) -> dict[str, nn.Module]:
-    """The network as it is, fused, and with Identity in place of its gates."""
-    made = {name: copy.deepcopy(model).to(device) for name in ("eager", "fused", "no gates")}
-    for name in gates(model):
-        parent, _, child = name.rpartition(".")
-        setattr(made["no gates"].get_submodule(parent), child, nn.Identity())
-    fused_attn.fuse_(made["fused"])
-    return made
+def variants(name: str, model: nn.Module, device: str) -> tuple[dict[str, nn.Module], fused_attn.Report]:
+    """The network as it is, fused, and without its gates, where that is a network still; and what was fused."""
+    made = {variant: copy.deepcopy(model).to(device) for variant in ("eager", "fused", "no gates")}
+    networks.without(made["no gates"], gates(model))
+    if not NETWORKS[name].bare:
+        del made["no gates"]
+    return made, networks.fuse(made["fused"])
 
 
 def candidates(models: dict[str, nn.Module], mode: str, device: str) -> list[Candidate]:
@@ -199,7 +186,7 @@ def compiled(name: str, mode: str, device: str, seconds: float, folder: Path) ->
     """
     parent = os.getppid()
     measure.prepare(device)
-    made = variants(build(name), device)
+    made, _ = variants(name, build(name), device)
     start = time.perf_counter()
     models = {k: torch.compile(made[k], dynamic=False) for k in ("eager", "fused")}
     among = candidates(models, mode, device)  # type: ignore[arg-type]
@@ -415,7 +402,8 @@ def draw(results: dict[str, Any], subtitle: str, path: Path) -> None:
         if any("fused" in found["times"].get(prefix + mode, {}) for found in results.values())
     ]  # fmt: skip
     rows = (len(panels) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 1.2 + 3.1 * rows), squeeze=False, sharey=True)
+    width = max(11, 3.2 * len(results))
+    figure, axes = plt.subplots(rows, 2, figsize=(width, 1.2 + 3.1 * rows), squeeze=False, sharey=True)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (prefix, mode) in zip(axes.flat, panels, strict=False):
@@ -454,7 +442,7 @@ def draw(results: dict[str, Any], subtitle: str, path: Path) -> None:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     legend = dict(zip(labels, handles, strict=True))
     figure.legend(legend.values(), legend.keys(), loc="lower center", ncols=3, frameon=False)
-    figure.suptitle(f"Networks with squeeze-and-excitation, fused by fused_attn\n{subtitle}", fontsize=11)
+    figure.suptitle(f"Networks with attention, fused by fused_attn\n{subtitle}", fontsize=11)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -471,11 +459,12 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     clock = "one thread, process CPU time" if device == "cpu" else "CUDA events"
     subtitle = f"{source['device_name']}, float32, {SIZE}×{SIZE}, {clock}, medians, interleaved"
     print(f"fused_attn {fused_attn.__version__}, torch {torch.__version__}\n{subtitle}", flush=True)
+    models = options.models or [name for name in NETWORKS if options.full or NETWORKS[name].always]
     columns = [(m, "forward") for m in COMPILED_FIRST] + [(COMPILED_FIRST[0], "training")]
     if options.full:
-        columns += [(m, "training") for m in COMPILED_FIRST[1:]]
-    columns = [] if options.no_compile else [(m, mode) for m, mode in columns if m in options.models]
-    bar = progress(range(4 * len(options.models) + len(columns)), "demo", 4 * len(options.models) + len(columns))
+        columns += [(m, mode) for m in NETWORKS for mode in MODES if (m, mode) not in columns]
+    columns = [] if options.no_compile else [(m, mode) for m, mode in columns if m in models]
+    bar = progress(range(4 * len(models) + len(columns)), "demo", 4 * len(models) + len(columns))
     results: dict[str, Any] = {}
 
     def during(what: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -492,10 +481,9 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         draw(results, subtitle, options.out / "demo.png")
 
     wrong = []
-    for name in options.models:
+    for name in models:
         model = during(f"{name}: drawing its parameters", build, name)
-        made = variants(model, device)
-        report = fused_attn.fuse_(made["fused"])
+        made, report = variants(name, model, device)
         found: dict[str, Any] = {
             "device": device,
             "fuse": str(report),
@@ -547,11 +535,11 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     p = argparse.ArgumentParser(prog="python -m bench.demo", description="Whole networks, unfused and fused.")
     p.add_argument("--full", action="store_true", help="every torch.compile column, however long it takes")
-    p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="only these")
+    p.add_argument("--models", nargs="+", choices=NETWORKS, help="only these (default: some; with --full all)")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    p.add_argument("--minutes", type=float, default=8.0, help="when to stop compiling (default: 8)")
+    p.add_argument("--minutes", type=float, default=7.0, help="when to stop compiling (default: 7)")
     p.add_argument(
-        "--seconds", type=float, default=6.0, help="time for one row of times (default: 6; training: 3 times)"
+        "--seconds", type=float, default=4.0, help="time for one row of times (default: 4; training: 3 times)"
     )
     p.add_argument("--no-compile", action="store_true", help="no torch.compile columns")
     p.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for demo.json and demo.png")

@@ -13,7 +13,6 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +22,9 @@ import fused_attn
 from fused_attn import backend, testing
 from fused_attn.registry import OPS, Case, Op, case
 
-from . import measure
+from . import measure, session
 from .measure import MODES, Candidate, Row, Timing
-from .support import importable, progress, significant, table, write_json
+from .support import importable, significant, table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LAYOUTS = ("nchw", "channels_last")
@@ -162,6 +161,11 @@ class Job:
     @property
     def label(self) -> str:
         return label(self.op, self.case)
+
+    @property
+    def title(self) -> str:
+        """What is said while it runs."""
+        return f"{self.op.name} {self.label} {self.mode}"
 
     def subjects(self) -> list[Subject]:
         """Everything that is timed, with its arguments. What can't be built is there, and raises when it is called."""
@@ -379,28 +383,16 @@ def floor_table(found: Sequence[Floor]) -> str:
 def parser(add: Any) -> argparse.ArgumentParser:
     """The options of `python -m bench ops`."""
     p: argparse.ArgumentParser = add("ops", help="time every op against eager, Inductor and x.clone()")
-    several = lambda *names: {"nargs": "+", "choices": [*names, "all"], "metavar": "NAME"}
     p.add_argument("--op", nargs="+", choices=[op.name for op in bench_ops()], help="only these ops")
     p.add_argument("--case", default="", help="only cases whose label contains this, such as 8x64x56x56")
-    p.add_argument("--mode", default=["all"], **several(*MODES), help=f"of {', '.join(MODES)} (default: all)")
-    p.add_argument("--dtype", default=["float32"], **several(*DTYPES), help=f"of {', '.join(DTYPES)}, or all")
-    p.add_argument("--layout", default=["nchw"], **several(*LAYOUTS), help=f"of {', '.join(LAYOUTS)}, or all")
     p.add_argument("--backend", nargs="+", default=[], choices=backend.BACKENDS[1:], help="force these (default: auto)")
-    p.add_argument(
-        "--baseline", nargs="*", default=["eager", "inductor", "clone"], choices=["eager", "inductor", "clone"]
-    )
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    p.add_argument("--seconds", type=float, default=2.0, help="time for one case in one mode (default: 2)")
-    p.add_argument("--runs", type=int, help="how often to go through everything (default: 1, with --check-floors 3)")
     p.add_argument("--quick", action="store_true", help="two cases per op, 0.3 s each")
-    p.add_argument("--check-floors", action="store_true", help="only what the speed table of SE asks, and that table")
-    p.add_argument("--out", type=Path, help="folder for the JSON; a folder named after the machine is made in it")
+    session.options(p, mode=MODES, dtype=DTYPES, layout=LAYOUTS, baseline=("eager", "inductor", "clone"))
     return p
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
     """What the options select."""
-    chosen = lambda given, every: list(every) if "all" in given else given
     device = options.device or measure.default_device()
     common = {"device": device, "baselines": tuple(options.baseline), "backends": tuple(options.backend)}
     if options.check_floors:
@@ -416,8 +408,9 @@ def jobs(options: argparse.Namespace) -> list[Job]:
         if options.quick and len(cases) > 2:
             cases = [cases[0], cases[-1]]
         for c, mode, dtype, layout in itertools.product(
-            cases, chosen(options.mode, MODES), chosen(options.dtype, DTYPES), chosen(options.layout, LAYOUTS)
-        ):
+            cases, session.chosen(options.mode, MODES), session.chosen(options.dtype, DTYPES),
+            session.chosen(options.layout, LAYOUTS),
+        ):  # fmt: skip
             if options.case in label(op, c) and (op.maps or layout == "nchw"):
                 found.append(Job(op, c, dtype, layout, mode, **common))
     return found
@@ -429,35 +422,12 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if not selected:
         measure.log("no case matches the selection")
         return 2
-    device = selected[0].device
-    measure.prepare(device)
-    seconds = 0.3 if options.quick else options.seconds
-    runs = options.runs or (3 if options.check_floors else 1)
-    result: dict[str, Any] = {
-        "schema": measure.SCHEMA,
-        "kind": "ops",
-        "provenance": measure.provenance(device, measure.command_line("bench", arguments)),
-    }
-    rows: list[Row] = []
-    bar = progress(list(itertools.product(range(runs), selected)), "bench ops")
-    for number, job in bar:
-        bar.set_postfix_str(f"{job.op.name} {job.label} {job.mode}")
-        rows += job.run(seconds, number)
-    result["rows"] = [r.dict() for r in rows]
-    found = floors(rows) if options.check_floors else []
-    if options.check_floors:
-        result["floors"] = [f._asdict() | {"met": f.met} for f in found]
-    if device == "cpu":
-        result["provenance"]["probe_after"] = measure.busy()
-    if options.out:
-        name = measure.slug(result["provenance"]["device_name"])
-        path = options.out / name / f"{'floors' if options.check_floors else 'ops'}-{measure.stamp()}.json"
-        write_json(path, result)
-        measure.log(f"wrote {path}")
+    if options.quick:
+        options.seconds = 0.3
+    name = "floors" if options.check_floors else "ops"
+    rows, found = session.run("ops", selected, options, arguments, floors, name)
     print(summary(rows))
-    for r in rows:
-        if r.error is not None:
-            print(f"failed: {r.impl}, {r.op} {r.case} {r.mode} {r.dtype} {r.layout}: {r.error}")
+    session.failures(rows)
     if found:
         print(f"\n{floor_table(found)}")
     return 0 if all(f.met for f in found) else 1

@@ -77,8 +77,8 @@ class GroupEnhance(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        x = x.view(n * self.groups, -1, h, w)
-        t = (x * F.adaptive_avg_pool2d(x, 1)).sum(1).view(n * self.groups, -1)
+        x = x.reshape(n * self.groups, -1, h, w)
+        t = (x * F.adaptive_avg_pool2d(x, 1)).sum(1).reshape(n * self.groups, -1)
         t = t - t.mean(1, keepdim=True)
         t = (t / (t.std(1, keepdim=True) + 1e-5)).view(n, self.groups, h, w)
         gate = torch.sigmoid(t * self.weight + self.bias).view(n * self.groups, 1, h, w)

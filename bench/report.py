@@ -75,14 +75,16 @@ def support(root: Path = ROOT) -> str:
     return "\n\n".join(parts)
 
 
-def _newest(results: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The newest file of each machine and kind of result, in the order of their names."""
-    found = {}
+def _newest(results: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The newest file of each machine and kind of result, in the order of their names; of mechanisms the newest of each
+    command, because one run of all there is takes hours."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for path in sorted(results.glob("*/*.json")):
         content = json.loads(path.read_text())
         kind = f"{content['kind']}-floors" if content.get("floors") else content["kind"]
-        found[path.parent.name, kind] = content | {"path": f"{path.parent.name}/{path.name}"}
-    return dict(sorted(found.items()))
+        command = content["provenance"]["command"] if kind == "blocks" else ""
+        found.setdefault((path.parent.name, kind), {})[command] = content | {"path": f"{path.parent.name}/{path.name}"}
+    return {key: list(of.values()) for key, of in sorted(found.items())}
 
 
 def _where(content: dict[str, Any], link: str) -> str:
@@ -138,6 +140,39 @@ def _op_rows(content: dict[str, Any]) -> str:
     return _markdown(head, lines)
 
 
+def _blocks(contents: Sequence[dict[str, Any]]) -> str:
+    """Per mechanism and mode: speed-up over eager at each shape, and its range over shapes of what else there is."""
+    eager: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    inductor: dict[tuple[str, str], dict[str, float]] = {}
+    for content in contents:
+        groups: dict[tuple[str, ...], dict[str, float]] = {}
+        for r in (Row(**r) for r in content["rows"]):
+            if r.median_us is not None:
+                groups.setdefault((r.op, r.mode, r.case, r.dtype, r.layout), {})[r.impl] = r.median_us
+        for (name, mode, case, dtype, layout), by in groups.items():
+            if "fused" not in by:
+                continue
+            n, _, shape = case.partition("x")
+            column = shape if (n, dtype, layout) == ("8", "float32", "nchw") else f"N={n}, {dtype}, {layout}"
+            if "eager" in by:
+                eager.setdefault((name, mode), {}).setdefault(column, {})[shape] = by["eager"] / by["fused"]
+            if rivals := [by[i] for i in ops.INDUCTORS if i in by]:
+                inductor.setdefault((name, mode), {})[case] = min(rivals) / by["fused"]
+    columns = list(dict.fromkeys(column for of in eager.values() for column in of))
+    columns.sort(key=lambda c: (c.startswith("N="), c.startswith("N=1,"), [-int(v) for v in re.findall(r"\d+$", c)], c))
+    lines = [
+        [
+            name,
+            mode,
+            *(_span(list(of.get(c, {}).values())) for c in columns),
+            _span(list(inductor.get(key, {}).values())),
+        ]
+        for key, of in eager.items()
+        for name, mode in [key]
+    ]
+    return _markdown(["speed-up over eager", "mode", *columns, "over Inductor, where measured"], lines)
+
+
 def _span(values: Sequence[float]) -> str:
     if not values:
         return ""
@@ -155,7 +190,6 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ops-floors": _floors,
     "ops": _op_rows,
     "blocks-floors": _floors,
-    "blocks": _op_rows,
     "qualify-kernels": _op_rows,
     "qualify-correctness": _correctness,
 }
@@ -164,11 +198,12 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 def measured(results: Path = RESULTS) -> str:
     """What was measured, where, and with which command."""
     parts, gpu = [], False
-    for (_, kind), content in _newest(results).items():
-        if kind not in SECTIONS:
+    for (_, kind), contents in _newest(results).items():
+        if kind != "blocks" and kind not in SECTIONS:
             continue
-        gpu |= content["provenance"]["device"] != "cpu"
-        parts += [_where(content, f"bench/results/{content['path']}"), SECTIONS[kind](content)]
+        gpu |= contents[-1]["provenance"]["device"] != "cpu"
+        parts += [_where(content, f"bench/results/{content['path']}") for content in contents]
+        parts.append(_blocks(contents) if kind == "blocks" else SECTIONS[kind](contents[-1]))
     if not parts:
         parts.append("No result is committed yet.")
     if not gpu:

@@ -13,6 +13,8 @@ runs in the gate's own pass. No weights come with the library.
 What differs between published versions:
     mask      the authors' Caffe models add to a level of the decoder one residual unit of the encoder's map. pytorchcv
               and a PyTorch port also add that map itself, and the trunk to the last level: form="ports"
+    size      the paper prints 31.9 and 51.3 million parameters for attention56 and 92; its table 2, built as written
+              here and in pytorchcv, has 31.8 and 52.5
     32 px     the paper gives no table for CIFAR. Here the stem alone changes, 3×3 without stride and pooling, so that
               the masks' smallest map is 4×4; a port halves the widths and the depths of the masks (2, 1, 0) too
     DRSN      the paper's networks are 1-D with stages of other widths; the authors' code has one of three blocks,

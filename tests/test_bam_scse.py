@@ -58,7 +58,9 @@ def test_bam_of_pytorchcv(layers, training):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("options", [{}, dict(merge="sum"), dict(num_layers=2, dilation=2)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(merge="sum"), dict(num_layers=2, dilation=2, num_dilated=1), dict(num_dilated=3)], ids=str
+)
 def test_bam(options, training):
     """The fused forward against the children's."""
     ours = redraw(BAM(16, rd_channels=4, **options).double()).train(training)

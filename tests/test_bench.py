@@ -183,6 +183,32 @@ def test_report_of_results(tmp_path):
     assert report.measured(tmp_path) == text
 
 
+def test_report_of_mechanisms(tmp_path):
+    """Files of several commands are one table; of one command the newest counts."""
+    source = {
+        "device": "cpu", "device_name": "A CPU", "torch": "2", "threads": 1, "clock": "CPU time", "simd": "AVX2",
+        "git": "0123456789abcdef", "git_changed": False, "time": "2026-01-02",
+    }  # fmt: skip
+
+    def write(name: str, command: str, eager: float, cases: list[str], dtype: str = "float32") -> None:
+        base = Row("CBAM", "", "forward", dtype, "nchw", "cpu", "fused", "cpp", "", median_us=10.0)
+        rows = [dataclasses.replace(base, case=c) for c in cases]
+        rows += [dataclasses.replace(r, impl="eager", median_us=eager) for r in rows]
+        rows += [dataclasses.replace(r, impl="inductor", median_us=15.0) for r in rows[:1]]
+        content = {"schema": 1, "kind": "blocks", "provenance": source | {"command": command}}
+        (tmp_path / "a-cpu" / name).write_text(json.dumps(content | {"rows": [r.dict() for r in rows]}))
+
+    (tmp_path / "a-cpu").mkdir()
+    write("blocks-1.json", "a", 90.0, ["8x64x7x7"])
+    write("blocks-2.json", "a", 20.0, ["8x64x7x7", "8x32x14x14"])
+    write("blocks-3.json", "b", 30.0, ["8x64x7x7"], "bfloat16")
+    write("blocks-4.json", "c", 40.0, ["1x64x7x7"])
+    text = report.measured(tmp_path)
+    assert "| speed-up over eager | mode | 32x14x14 | 64x7x7 | N=8, bfloat16, nchw | N=1, float32, nchw |" in text
+    assert "| CBAM | forward | 2.00 | 2.00 | 3.00 | 4.00 | 1.50 |" in text
+    assert "9.00" not in text
+
+
 def test_qualify_says_that_there_is_no_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["qualify"]) == 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fused_attn
 from fused_attn import BLOCKS, PyramidSqueezeAttention, SelectiveKernel, SplitAttention, explain, fuse_, ops, testing
-from fused_attn.blocks import competing, pyramid_squeeze
+from fused_attn.blocks import competing, pyramid_squeeze, selective_kernel
 from fused_attn.plan import Rule, fingerprint, register
 from tests.support import assert_same_step, redraw, relative, step
 
@@ -250,6 +250,7 @@ MODULES = {
     "pytorchcv SK 3": lambda: pytorchcv_sknet.SKConvBlock(16, 8, 2, groups=2, num_branches=3, min_channels=5),
     "pytorchcv split": lambda: pytorchcv_att.SAConvBlock(16, 16, 3, 1, 1),
     "pytorchcv split groups": lambda: pytorchcv_att.SAConvBlock(16, 24, 3, 1, 1, groups=2, radix=4),
+    "pytorchcv split radix 1": lambda: pytorchcv_att.SABlock(16, 2, 1),
     "pytorchcv split Linear": lambda: pytorchcv_att.SABlock(8, 1, 2, use_conv=False, normalization=lambda_norm),
 }  # fmt: skip
 
@@ -270,6 +271,9 @@ def test_conversion(name: str, training: bool) -> None:
     assert_same_step(module, original, x, within=1e-10, zero=biases_before_norm(original) if training else ())
     assert ran_unfused(module, x) == []
     names = [line.op for line in explain(module, x).lines]
+    if name == "pytorchcv split radix 1":
+        assert names == ["channel_pool", "shared_mlp", "scale"]
+        return
     assert names == [
         "branch_pool",
         *(["shared_mlp"] if "groups" not in name or "pytorchcv" in name or "SK" in name else []),
@@ -290,7 +294,6 @@ def test_conversion(name: str, training: bool) -> None:
         (lambda: timm_split.SplitAttn(16), lambda m: setattr(m.rsoftmax, "radix", 3), "radix and cardinality"),
         (lambda: timm_split.SplitAttn(16), lambda m: setattr(m, "fc1", nn.Conv2d(16, 32, 3)), "1×1"),
         (lambda: timm_split.SplitAttn(16, norm_layer=lambda c, **k: nn.GroupNorm(1, c)), lambda m: None, "GroupNorm"),
-        (lambda: pytorchcv_att.SABlock(8, 1, 1), lambda m: None, "single split"),
         (lambda: pytorchcv_sknet.SKConvBlock(16, 16, 1, groups=4),
          lambda m: setattr(m.branches, "merge_type", "cat"), "not stacked"),
         (lambda: pytorchcv_sknet.SKConvBlock(16, 16, 1, groups=4),
@@ -302,6 +305,18 @@ def test_refusals(build, change, told: str) -> None:
     change(module)
     (row,) = fuse_(module).refused
     assert re.search(told, row[1]), row
+
+
+def test_pytorchcvs_single_split() -> None:
+    """Its softmax is over one value: 1, without a gradient, but NaN where the mean isn't finite."""
+    original = redraw(pytorchcv_att.SABlock(16, 2, 1)).eval()
+    module = copy.deepcopy(original)
+    fuse_(module)
+    x = feature_map(2, 16, 7, 6, dtype=torch.float32)
+    x[0, 3, 2, 2] = float("inf")
+    assert torch.equal(module(x)[1], x[1])
+    assert torch.equal(module(x).isnan(), original(x).isnan())
+    assert module(x)[0].isnan().all()
 
 
 def test_what_changes_later_is_seen() -> None:
@@ -473,6 +488,67 @@ def test_conversion_of_psa() -> None:
         assert told in reason
 
 
+class Inlined(nn.Module):
+    """Written for these tests, with the children that PytorchInsight's bottleneck has."""
+
+    def __init__(self, downsample: nn.Module | None) -> None:
+        super().__init__()
+        conv = lambda i, o, k, **how: nn.Conv2d(i, o, k, padding=k // 2, bias=False, **how)
+        stride = 1 if downsample is None else 2
+        self.conv1, self.bn1 = conv(64, 32, 1), nn.BatchNorm2d(32)
+        self.conv2, self.bn2 = conv(32, 32, 3, stride=stride), nn.BatchNorm2d(32)
+        self.conv2g, self.bn2g = conv(32, 32, 3, stride=stride, groups=32), nn.BatchNorm2d(32)
+        self.conv3, self.bn3 = conv(32, 64, 1), nn.BatchNorm2d(64)
+        self.relu, self.downsample, self.D = nn.ReLU(inplace=True), downsample, 32
+        self.avg_pool, self.bn_fc1 = nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(5)
+        self.conv_fc1, self.conv_fc2 = conv(32, 5, 1), conv(5, 64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        a, b = torch.relu(self.bn2(self.conv2(y))), torch.relu(self.bn2g(self.conv2g(y)))
+        logits = self.conv_fc2(torch.relu(self.bn_fc1(self.conv_fc1(self.avg_pool(a) + self.avg_pool(b)))))
+        first, second = logits.unflatten(1, (2, 32)).softmax(1).unbind(1)
+        y = self.bn3(self.conv3(a * first + b * second))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_conversion_of_a_bottleneck_that_holds_sk(training: bool) -> None:
+    """The rule's plan, as for PSA. And its two branches are our block's, with a number of groups for each."""
+    sources = {"forward": (fingerprint(Inlined.forward),)}
+    register(Rule(f"{__name__}.Inlined", competing.foreign, selective_kernel._Inline, sources))
+    x = feature_map(4, 64, 7, 6)
+    for downsample in (None, nn.Conv2d(64, 64, 1, 2, bias=False)):
+        original = redraw(Inlined(downsample).double()).train(training)
+        module = copy.deepcopy(original)
+        assert fuse_(module).fused == [""]
+        assert_same_step(module, original, x, within=1e-9)
+        assert ran_unfused(module, x) == []
+        assert [line.op for line in explain(module, x).lines] == ["branch_pool", "shared_mlp", "branch_scale"]
+    for change, told in (
+        (lambda m: setattr(m, "D", 16), "D is 16"),
+        (lambda m: setattr(m, "avg_pool", nn.AdaptiveMaxPool2d(1)), "avg_pool"),
+        (lambda m: setattr(m, "conv_fc2", nn.Conv2d(5, 96, 1)), "96 logits for 2 branches"),
+        (lambda m: m.bn_fc1.register_forward_hook(print), "bn_fc1 has hooks"),
+    ):
+        module = Inlined(None)
+        change(module)
+        ((_, reason),) = fuse_(module).refused
+        assert told in reason
+    block = SelectiveKernel(32, kernel_size=3, groups=[1, 32], rd_channels=5, split_input=False).double()
+    original = redraw(Inlined(None).double()).train(training)
+    names = {"conv2": "paths.0.conv", "bn2": "paths.0.bn", "conv2g": "paths.1.conv", "bn2g": "paths.1.bn"}
+    names |= {"conv_fc1": "attn.fc_reduce", "bn_fc1": "attn.bn", "conv_fc2": "attn.fc_select"}
+    state = {f"{names[k.partition('.')[0]]}.{k.partition('.')[2]}": v for k, v in original.state_dict().items()
+             if k.partition(".")[0] in names}  # fmt: skip
+    block.load_state_dict(state)
+    for name in ("conv1", "bn1", "conv3", "bn3"):
+        setattr(original, name, nn.Identity())
+    z = feature_map(4, 32, 5, 6).abs()
+    want = original(z) - z  # the shortcut; ReLU does nothing to what is positive
+    assert relative(block.train(training)(z), want) < 1e-10
+
+
 # ---- the blocks themselves
 
 
@@ -531,6 +607,7 @@ def test_compiles_in_one_graph_and_copies(name: str, tmp_path) -> None:
         (lambda: SelectiveKernel(16, kernel_size=[2, 3]), "kernel_size must hold odd numbers"),
         (lambda: SelectiveKernel(18, kernel_size=[3] * 9), "9 branches"),
         (lambda: SelectiveKernel(16, dims=4), "dims must be 1, 2 or 3"),
+        (lambda: SelectiveKernel(16, groups=[1, 2, 4]), "one for each of 2 kernels"),
         (lambda: SplitAttention(18, radix=9), "9 branches"),
         (lambda: SplitAttention(16, act_layer=nn.Mish), "act1 is Mish"),
         (lambda: SplitAttention(16, norm_layer=lambda c, **k: nn.GroupNorm(1, c)), "GroupNorm"),

@@ -128,7 +128,7 @@ def test_what_changes_inside_is_refused(change):
                                      dict(spatial_kernel_size=4), dict(dims=4), dict(act_layer="x"),
                                      dict(light=True, pool_types=("avg",))], ids=str)  # fmt: skip
 def test_options_are_checked(options):
-    with pytest.raises(ValueError, match=next(iter(options)).replace("spatial_kernel_size", "spatial_kernel_size")):
+    with pytest.raises(ValueError, match=next(iter(options))):
         CBAM(8, **options)
 
 
@@ -143,21 +143,3 @@ def test_pool_types(pools, ties, spatial):
     assert ready(ours) is not None
     assert ready(theirs) is None
     assert_same_step(ours.train(), theirs.train(), draw(3, 12, 5, 6), within=1e-9)
-
-
-def test_saves_x_and_small_tensors_alone():
-    """Bytes kept between forward and backward: x, and with a residual under ReLU the output; the rest is small."""
-    x, r = torch.randn(4, 64, 28, 28, requires_grad=True), torch.randn(4, 64, 28, 28, requires_grad=True)
-    module = CBAM(64).train()
-    for residual, maps in ((None, 1), (r, 2)):
-        kept = {}
-
-        def pack(t, kept=kept):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            module(x, residual, "identity" if residual is None else "relu")
-        large = [size for size in kept.values() if size > x.nbytes / 8]
-        assert large == [x.nbytes] * maps
-        assert sum(kept.values()) < (maps + 0.1) * x.nbytes

@@ -38,6 +38,23 @@ static int64_t columns_of(int64_t rows, int64_t columns, int64_t size, int64_t m
   return (each + line - 1) / line * line;
 }
 
+// Without a norm no element knows its place: rows that follow one another in all maps become one, as long as several
+// processes still find some, so that rows of 49 don't end with one element in a vector of 16.
+static void join_rows(std::vector<Map>& maps) {
+  const bool pixels = maps[0].pixels;
+  const int64_t rows = pixels ? maps[0].s : maps[0].c, length = pixels ? maps[0].c : maps[0].s;
+  for (const Map& m : maps)
+    if ((pixels ? m.ss : m.sc) != length) return;
+  int64_t together = std::min(rows, 8192 / std::max<int64_t>(length, 1));
+  while (together > 1 && rows % together) --together;
+  if (together <= 1) return;
+  for (Map& m : maps) {
+    (pixels ? m.s : m.c) /= together;
+    (pixels ? m.c : m.s) *= together;
+    (pixels ? m.ss : m.sc) *= together;
+  }
+}
+
 template <class F>
 static void over_tiles(const Map& x, int64_t size, int64_t maps, const F& f) {
   const int64_t rows = x.pixels ? x.s : x.c, columns = x.pixels ? x.c : x.s;
@@ -107,7 +124,8 @@ std::tuple<Tensor, Tensor> map_scale_cpu(const Tensor& x, const Tensor& z, const
   check_same(x, z);
   const Over over = over_of(norm);
   Tensor y = new_like(x);
-  const auto maps = maps_of({&x, &z, &y});
+  auto maps = maps_of({&x, &z, &y});
+  if (over == Over::none) join_rows(maps);
   Tensor stats = new_stats(x, over);
   by_dtype(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -128,7 +146,8 @@ std::tuple<Tensor, Tensor> map_scale_bwd_cpu(const Tensor& x, const Tensor& z, c
   check_same(x, dy);
   const Over over = over_of(norm);
   Tensor dx = new_like(x), dz = new_like(x);
-  const auto maps = maps_of({&x, &z, &dy, &dx, &dz});
+  auto maps = maps_of({&x, &z, &dy, &dx, &dz});
+  if (over == Over::none) join_rows(maps);
   if (over == Over::channels) check_shape(stats, {1, x.size(0), positions_of(x)});
   if (over == Over::positions) check_shape(stats, {2, x.size(0), x.size(1)});
   by_dtype(x.scalar_type(), [&](auto tag) {

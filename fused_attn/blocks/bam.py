@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import activations, bam_scale
+from ..ops import activations, bam_scale, checks
 from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, renew
 from ..registry import Block, case
 from . import norms
@@ -107,7 +107,7 @@ def _to(t: Tensor | None, like: Tensor) -> Tensor | None:
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign BAM's forward becomes."""
     plan = ready(self)
-    if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
+    if plan is None or not isinstance(x, Tensor) or x.dim() != 4:
         return self.original.forward(self, x)
     return plan.run_on(self, x)  # type: ignore[attr-defined]
 
@@ -147,7 +147,7 @@ class BAM(Planned):
             raise ValueError(f"num_layers must be at least 1; got {num_layers!r}")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         h = rd_channels or max(1, int(channels * rd_ratio))
-        self.merge, self.num_layers = merge, num_layers
+        self.channels, self.merge, self.num_layers = channels, merge, num_layers
         dense: list[nn.Module] = []
         for i in range(num_layers):
             dense += [nn.Linear(h if i else channels, h, **made), nn.BatchNorm1d(h, **made), nn.ReLU()]
@@ -189,6 +189,7 @@ class BAM(Planned):
         Raises ValueError or TypeError, naming the argument, for a wrong shape or dtype; and ValueError where batch
         statistics are wanted of one value.
         """
+        checks.channels("x", x, self.channels, 2)
         plan = ready(self)
         if plan is not None:
             return plan.run_on(self, x)  # type: ignore[attr-defined]

@@ -149,6 +149,8 @@ class CbamPlan(DeepPlan):
                 raise Refused(f"{parts.norm}.{name} is not idle")
         self.norm = vars(norm)
 
+    traces = False
+
     def run(
         self, x: Tensor, residual: Tensor | None = None, epilogue: str = "identity", epilogue_slope: float = 0.01
     ) -> Tensor:
@@ -240,7 +242,7 @@ class CbamPlan(DeepPlan):
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign CBAM's forward becomes."""
     plan = ready(self)
-    if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
+    if plan is None or not isinstance(x, Tensor) or x.dim() != 4:  # a Proxy of torch.fx isn't
         return self.original.forward(self, x)
     return plan.run(x, None, "identity", 0.01)
 

@@ -16,7 +16,7 @@ a norm joins in where its gate is a function of the norm's means.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -327,6 +327,8 @@ def forward(self: Any, x: Tensor) -> Tensor:
     tail, children, gate = plan.tail, self._modules, None
     if plan.gated and ((gate := ready(children[tail.gate])) is None or not gate.fits_tail):
         unfused(self, "its gate runs unfused" if gate is None else "its gate takes no residual and activation")
+        return self.original.forward(self, x)
+    if gate is not None and not (gate.traces or isinstance(cast(Any, x), Tensor)):
         return self.original.forward(self, x)
     given, norm = x, plan.norm
     if callable(tail.before):

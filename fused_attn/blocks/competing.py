@@ -5,7 +5,7 @@
 The head is read off a module as SE's network is, with dense layers that may be in groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..ops import activations
+from ..ops import activations, checks
 from ..ops.branch_softmax import branch_softmax
 from ..ops.branches import MOST
 from ..ops.shared_mlp import shared_mlp
@@ -21,6 +21,7 @@ from ..plan import Plan, Planned, Refused, activation, fingerprint, path, ready,
 from .excite_plan import dense
 from .norms import keep, norm_of, norm_state
 
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}  # by spatial dimensions
 _MEAN = "torch.nn.modules.pooling.AdaptiveAvgPool2d"
 _SOFTMAX = "torch.nn.modules.activation.Softmax"
 
@@ -119,10 +120,8 @@ class Head(Plan):
         y = y if residual is None else y + residual
         return activations.apply(epilogue, y, epilogue_slope)
 
-    def softmax(
-        self, maps: Sequence[Tensor], splits: int = 1, each: bool = False, merge: str = "sum", dense: bool = False
-    ) -> Tensor:
-        """The branches weighed and merged; a BatchNorm's running statistics are kept.
+    def excite(self, dense: bool = False) -> tuple[Callable[..., Any], list[Tensor]]:
+        """The head as an excite of descriptors (…, C), and its parameters. With batch statistics it returns them, too.
 
         dense: the layers are not in groups, though the logits are
         """
@@ -149,15 +148,26 @@ class Head(Plan):
                 return out[0].unflatten(0, p.shape[:-1]), out[1]
             return out.unflatten(0, p.shape[:-1])
 
-        given = [t for t in slots if t is not None]
-        out = branch_softmax(
-            *maps, excite=excite, params=given, splits=splits, groups=self.groups, each=each, merge=merge
-        )
-        if norm != "batch":
+        return excite, [t for t in slots if t is not None]
+
+    def kept(self, out: Any) -> Tensor:
+        """y, of what an op returns around the head; its batch statistics go into the norm's running ones."""
+        if not isinstance(out, tuple):
             return out
         y, statistics = out
         keep(self.norm, statistics, y.shape[0])  # type: ignore[arg-type]
         return y
+
+    def softmax(
+        self, maps: Sequence[Tensor], splits: int = 1, each: bool = False, merge: str = "sum", dense: bool = False
+    ) -> Tensor:
+        """The branches weighed and merged. dense: as in `excite`."""
+        excite, given = self.excite(dense)
+        return self.kept(
+            branch_softmax(
+                *maps, excite=excite, params=given, splits=splits, groups=self.groups, each=each, merge=merge
+            )
+        )
 
 
 def network(
@@ -209,7 +219,7 @@ def known(child: nn.Module | None, name: str, where: str, *sources: str) -> Any:
 def foreign(self: Any, x: Tensor) -> Tensor:
     """What a foreign module's forward becomes. What isn't (N, C, H, W) is left to its own, which may raise or not."""
     plan = ready(self)
-    if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
+    if plan is None or not isinstance(x, Tensor) or x.dim() != 4:
         return self.original.forward(self, x)
     return plan.run(x, None, "identity", 0.01)
 
@@ -228,12 +238,17 @@ class Competing(Planned):
     def forward(self, x: Tensor) -> Tensor:
         """y (N, C', *S') of x (N, C, *S). Raises ValueError or TypeError, naming the argument, for a wrong shape or
         dtype."""
+        checks.channels("x", x, *self.takes())
         plan = ready(self)
         if plan is not None:
             return plan.run(x, None, "identity", 0.01)
         return self.equations(x)
 
     by_plan = forward
+
+    def takes(self) -> tuple[int, int]:
+        """How many channels and spatial dimensions x has."""
+        raise NotImplementedError
 
     def equations(self, x: Tensor) -> Tensor:
         """The mechanism in plain PyTorch, by the child modules."""

@@ -106,6 +106,7 @@ class PyramidSqueezeAttention(Competing):
                 f"{len(conv_kernels)} and {len(conv_groups)}"
             )
         self.split_channel, self.reverse = planes // 4, reverse
+        self.inplans, self.dims = inplans, dims
         for name, kernel, groups in zip(_CONVS, conv_kernels, conv_groups, strict=True):
             conv = convolution(dims)(
                 inplans, planes // 4, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False, **where
@@ -116,6 +117,9 @@ class PyramidSqueezeAttention(Competing):
 
     def _plan(self) -> Plan:
         return _Pyramid(self, None, "concat_reversed" if self.reverse else "concat")
+
+    def takes(self) -> tuple[int, int]:
+        return self.inplans, self.dims
 
     def equations(self, x: Tensor) -> Tensor:
         maps = [getattr(self, name)(x) for name in _CONVS]

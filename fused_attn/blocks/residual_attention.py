@@ -109,7 +109,7 @@ class ResidualAttention(nn.Module):
     """Residual attention learning around any trunk and mask: y = (1 + f(mask(x)))·trunk(x).
 
     channels: C of the paper's trunk and mask, where one isn't given: two residual units, and an `AttentionMask`
-    trunk: module of the branch that is scaled; mask: module of the logits, in the trunk's shape and dtype
+    trunk: module of the branch that is scaled; mask: module of the logits, in the trunk's shape
     gate: "f1" (σ) | "f2" (unit length over the channels) | "f3" (σ of what is standardised over the positions)
     eps: the least norm that f2 divides by, or what f3 adds to the variance; None: 1e-12, 1e-5
     correction: f3's variance divides by the number of positions less this; 0 is the biased one
@@ -141,12 +141,16 @@ class ResidualAttention(nn.Module):
         self.add_trunk = add_trunk
 
     def forward(self, x: Tensor) -> Tensor:
-        """y, in the trunk's shape, dtype and memory format.
+        """y, in the trunk's shape and memory format, and in the wider dtype of trunk and mask, which differ under
+        autocast.
 
-        Raises ValueError or TypeError where the mask's shape or dtype differs from the trunk's.
+        Raises ValueError where the mask's shape differs from the trunk's, TypeError where it isn't a floating tensor.
         """
         t = self.trunk(x)
         z = self.mask(x, t) if self.add_trunk else self.mask(x)
+        if isinstance(t, Tensor) and isinstance(z, Tensor) and t.dtype != z.dtype and z.is_floating_point():
+            wide = torch.promote_types(t.dtype, z.dtype)
+            t, z = t.to(wide), z.to(wide)
         y: Tensor = map_scale(t, z, GATES[self.gate], self.eps, self.correction)
         return y
 

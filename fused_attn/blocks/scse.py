@@ -70,7 +70,7 @@ class ScsePlan(DeepPlan):
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign module's forward becomes."""
     plan = ready(self)
-    if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
+    if plan is None or not isinstance(x, Tensor) or x.dim() != 4:
         return self.original.forward(self, x)
     return plan.run_on(x)  # type: ignore[attr-defined]
 

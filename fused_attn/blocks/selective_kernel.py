@@ -8,7 +8,8 @@ What differs between published versions:
     input     every convolution sees x (paper, Caffe, pytorchcv); each sees its share of x's channels (timm, by default)
     width     max(C/16, 32) (paper, Caffe, pytorchcv, which takes the block's input for C); C/16 to a multiple of 8
               (timm)
-    kernels   3×3 and 3×3 dilated (Caffe, timm, pytorchcv); dense 3×3 and 3×3 in 32 groups (PytorchInsight)
+    kernels   3×3 and 3×3 dilated (Caffe, timm, pytorchcv); dense 3×3 and 3×3 in 32 groups (PytorchInsight, which has
+              the mechanism in its bottleneck's forward): kernel_size=3, groups=(1, 32)
     W1, W2    no bias in the authors' Caffe model, timm and pytorchcv; W2's rows are branch-major
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ..plan import Plan, Refused, Rule, register
 from ..registry import Block, case
-from .competing import Competing, Head, convolution, divisible, foreign, known
+from .competing import NORMS, Competing, Head, convolution, divisible, foreign, known
 
 _ATTENTION = "timm.layers.selective_kernel.SelectiveKernelAttn", "76e3253b98e9"
 _CONCURRENT = "pytorchcv.models.common.arch.Concurrent", "5fbc48c13294"
@@ -87,6 +88,34 @@ class _Concurrent(Head):
         return self.softmax([branch(x) for branch in self.paths])
 
 
+class _Inline(Head):
+    """PytorchInsight's bottleneck, whose own forward holds the mechanism: two branches behind one convolution."""
+
+    __slots__ = ("layers",)
+
+    def __init__(self, module: nn.Module) -> None:
+        Plan.__init__(self, module, ("avg_pool", "conv_fc1", "bn_fc1", "conv_fc2"), ("D",))
+        self.layers: dict[str, Any] = vars(module)["_modules"]
+        self.inner = ()
+        self.usual(self, self.layers, "avg_pool", None)
+        # The head's ReLU is a function, whatever the child `relu` is.
+        self.read(self, "conv_fc1", "conv_fc2", "act", "bn_fc1", None, {**self.layers, "act": nn.ReLU()})
+        if self.groups != 1:
+            raise Refused(f"conv_fc1 and conv_fc2 have {self.groups} groups")
+        self.outputs(2)
+        if vars(module)["D"] != self.channels:
+            raise Refused(f"D is {vars(module)['D']}, and conv_fc1 takes {self.channels} channels")
+
+    def weigh(self, x: Tensor) -> Tensor:
+        layers = self.layers
+        relu, downsample = layers["relu"], layers.get("downsample")
+        y = relu(layers["bn1"](layers["conv1"](x)))
+        y = self.softmax([relu(layers[f"bn2{g}"](layers[f"conv2{g}"](y))) for g in ("", "g")])
+        y = layers["bn3"](layers["conv3"](y))
+        y += x if downsample is None else downsample(x)
+        return relu(y)
+
+
 class _Attention(nn.Module):
     """The head: from the mean of the sum of branches to their gates (N, B, C)."""
 
@@ -107,7 +136,7 @@ class SelectiveKernel(Competing):
 
     in_channels, out_channels: of x and of y; None: the same
     kernel_size: of each convolution, a list; None: 3 and 5; a number: two of it
-    stride, groups: of each convolution; dilation: of all
+    stride, dilation: of all convolutions; groups: of all, or of each, a list
     rd_ratio, rd_channels, rd_divisor: the head's width, rd_channels or rd_ratio·out_channels rounded to a multiple of
         rd_divisor
     keep_3x3: kernels of 3, and a dilation in place of a larger size
@@ -125,7 +154,7 @@ class SelectiveKernel(Competing):
         kernel_size: int | Sequence[int] | None = None,
         stride: int = 1,
         dilation: int = 1,
-        groups: int = 1,
+        groups: int | Sequence[int] = 1,
         rd_ratio: float = 1 / 16,
         rd_channels: int | None = None,
         rd_divisor: int = 8,
@@ -143,19 +172,22 @@ class SelectiveKernel(Competing):
         sizes = [3, 5] if kernel_size is None else [kernel_size] * 2 if isinstance(kernel_size, int) else kernel_size
         if any(k < 3 or k % 2 == 0 for k in sizes):
             raise ValueError(f"kernel_size must hold odd numbers from 3; got {kernel_size!r}")
+        shares = [groups] * len(sizes) if isinstance(groups, int) else list(groups)
+        if len(shares) != len(sizes):
+            raise ValueError(f"groups must be a number, or one for each of {len(sizes)} kernels; got {groups!r}")
         if split_input and in_channels % len(sizes):
             raise ValueError(f"in_channels must be a multiple of {len(sizes)}, the paths; got {in_channels}")
         self.num_paths, self.in_channels, self.out_channels = len(sizes), in_channels, out_channels
-        self.split_input = split_input
+        self.split_input, self.dims = split_input, dims
         conv = convolution(dims)
-        norm = norm_layer or {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+        norm = norm_layer or NORMS[dims]
         self.paths = nn.ModuleList()
-        for size in sizes:
+        for size, share in zip(sizes, shares, strict=True):
             spread, kernel = (dilation * (size - 1) // 2, 3) if keep_3x3 else (dilation, size)
             layers: OrderedDict[str, nn.Module] = OrderedDict()
             layers["conv"] = conv(
                 in_channels // len(sizes) if split_input else in_channels, out_channels, kernel, stride=stride,
-                padding=(stride - 1 + spread * (kernel - 1)) // 2, dilation=spread, groups=min(out_channels, groups),
+                padding=(stride - 1 + spread * (kernel - 1)) // 2, dilation=spread, groups=min(out_channels, share),
                 bias=False, **where,
             )  # fmt: skip
             layers["bn"] = norm(out_channels, **where)
@@ -167,6 +199,9 @@ class SelectiveKernel(Competing):
 
     def _plan(self) -> Plan:
         return _Paths(self, None)
+
+    def takes(self) -> tuple[int, int]:
+        return self.in_channels, self.dims
 
     def equations(self, x: Tensor) -> Tensor:
         share = self.in_channels // self.num_paths
@@ -184,6 +219,11 @@ RULES = register(
         {"forward": ("cb6194c02e4c",)},
     ),
     Rule("pytorchcv.models.sknet.SKConvBlock", foreign, _Concurrent, {"forward": ("66ce90d5d388",)}),
+    # implus/PytorchInsight is no package: its class is named by wherever the file is imported from.
+    *(
+        Rule(f"{where}resnet_sk.Bottleneck", foreign, _Inline, {"forward": ("b26dd5d3b3d1",)})
+        for where in ("models.imagenet.", "classification.models.imagenet.", "")
+    ),
 )
 
 Block(

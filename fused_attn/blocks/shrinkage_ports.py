@@ -68,7 +68,7 @@ def _plan(module: nn.Module) -> Plan:
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a port's forward becomes; another number of dimensions is left to its own."""
     plan: PortPlan | None = ready(self)  # type: ignore[assignment]
-    if plan is None or (isinstance(x, Tensor) and x.dim() != plan.rank):
+    if plan is None or not isinstance(x, Tensor) or x.dim() != plan.rank:
         return self.original.forward(self, x)
     return plan.run(x, None, "identity", 0.01)
 

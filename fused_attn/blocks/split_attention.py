@@ -10,7 +10,8 @@ What differs between published versions:
     width     in·R/4, at least 32 (the authors'); to a multiple of 8, at least 32 (timm); out·R/4, at least 32
               (pytorchcv)
     groups    the dense layers are in groups (the authors', timm), or not (pytorchcv)
-    R = 1     sigmoid (the authors', timm); pytorchcv takes the softmax over one split, which is 1, and isn't converted
+    R = 1     sigmoid (the authors', timm); pytorchcv takes the softmax over one split: 1, and no gradient, but NaN for
+              a mean that isn't finite
     y         timm and the authors return it contiguous; here it keeps x's memory format
 """
 
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.pool_scale import pool_scale
 from ..plan import Plan, Refused, Rule, register
 from ..registry import Block, case
-from .competing import Competing, Head, convolution, divisible, foreign, known
+from .competing import NORMS, Competing, Head, convolution, divisible, foreign, known
 
 _RADIX_SOFTMAX = "timm.layers.split_attn.RadixSoftmax", "6ee174371919"
 
@@ -87,8 +89,6 @@ class _Radix(Head):
         self.radix = vars(module)["radix"]
         if self.groups != 1:
             raise Refused(f"{fc1} has {self.groups} groups")
-        if self.radix == 1:
-            raise Refused("the softmax over a single split is 1")
         self.groups = vars(module)["groups"]  # of the logits alone: the layers are dense
         self.outputs(self.radix)
 
@@ -97,7 +97,17 @@ class _Radix(Head):
         return int(self.first["weight"].shape[1])
 
     def weigh(self, x: Tensor) -> Tensor:
-        return self.softmax((x,), splits=self.radix, dense=True)
+        if self.radix > 1:
+            return self.softmax((x,), splits=self.radix, dense=True)
+        excite, given = self.excite(dense=True)
+
+        def alone(p: Tensor, *rest: Tensor) -> Any:
+            out = excite(p, *rest)
+            u, *statistics = out if isinstance(out, tuple) else (out,)
+            gate = torch.softmax(u.unsqueeze(1), 1).squeeze(1)
+            return (gate, *statistics) if statistics else gate
+
+        return self.kept(pool_scale(x, alone, *given, pool="mean"))
 
 
 class SplitAttention(Competing):
@@ -138,16 +148,15 @@ class SplitAttention(Competing):
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         out_channels = out_channels or in_channels
-        self.radix, self.groups = radix, groups
+        self.radix, self.groups, self.in_channels, self.dims = radix, groups, in_channels, dims
         made = out_channels * radix
         hidden = rd_channels * radix if rd_channels else divisible(in_channels * radix * rd_ratio, rd_divisor, 32)
         self.conv = convolution(dims)(
             in_channels, made, kernel_size, stride=stride, padding=kernel_size // 2 if padding is None else padding,
             dilation=dilation, groups=groups * radix, bias=bias, **where,
         )  # fmt: skip
-        norms = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
         # The head's descriptors are (N, C, 1, 1), whatever x's dimensions.
-        first = norms[dims] if norm_layer is nn.BatchNorm2d else norm_layer
+        first = NORMS[dims] if norm_layer is nn.BatchNorm2d else norm_layer
         self.bn0 = first(made, **where) if norm_layer else nn.Identity()
         self.drop = nn.Identity()
         self.act0 = act_layer()
@@ -159,6 +168,9 @@ class SplitAttention(Competing):
 
     def _plan(self) -> Plan:
         return _Splits(self)
+
+    def takes(self) -> tuple[int, int]:
+        return self.in_channels, self.dims
 
     def equations(self, x: Tensor) -> Tensor:
         maps = self.act0(self.drop(self.bn0(self.conv(x)))).unflatten(1, (self.radix, -1))

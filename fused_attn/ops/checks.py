@@ -35,6 +35,16 @@ def feature_map(name: str, x: Any) -> None:
         raise ValueError(f"{name} must have at least 1 channel; got shape {_shape(x)}")
 
 
+def channels(name: str, x: Any, count: int, dims: int) -> None:
+    """A feature map of this many channels and spatial dimensions; a convolution would take others for no batch. What
+    stands for a tensor while a graph is traced passes."""
+    if isinstance(x, torch.fx.Proxy):
+        return
+    feature_map(name, x)
+    if x.dim() != dims + 2 or x.shape[1] != count:
+        raise ValueError(f"{name} must have shape (N, {count}{', *' * dims}); got {_shape(x)}")
+
+
 def same_device(x_name: str, x: Tensor, **others: Tensor | None) -> None:
     """Every tensor is where x is."""
     for name, other in others.items():
