@@ -48,8 +48,8 @@
 #include "simd_end.h"
 #pragma GCC pop_options
 
-// Not AVX-512 for float64, which is for checking: it would take a tenth of all compilation, and makes only a sigmoid per
-// element faster, by 15 %.
+// Not AVX-512 for float64, which is for checking: it would take a tenth of all compilation, and makes only a sigmoid
+// per element faster, by 15 %.
 #define FA_CALL(function, types, ...)                                                        \
   [&] {                                                                                      \
     if constexpr (!std::is_same_v<FA_FIRST types, double>)                                   \

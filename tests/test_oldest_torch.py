@@ -46,7 +46,8 @@ def oldest(tmp_path_factory):
         pytest.skip(f"the installed torch is {floor} already")
     if python := os.environ.get("FUSED_ATTN_OLDEST_PYTHON"):
         assert version(python).startswith(f"{floor}."), f"{python} has torch {version(python)}"
-        return python
+        yield python
+        return
     venv = tmp_path_factory.mktemp("oldest")
     python = str(venv / "bin/python")
     wanted = [f"torch=={floor}.*", "ninja", "packaging", "setuptools>=77", "wheel", "pytest", "hypothesis"]
