@@ -12,8 +12,17 @@ JOBS ?= 2
 ARGS ?=
 
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+TORCH := $(VENV)/.torch.stamp
 REQUIREMENTS := $(VENV)/.requirements.stamp
 BUILD := $(VENV)/.build.stamp
+
+# The extension needs torch alone, and compiles while the rest of the requirements are installed. Not with several goals:
+# `make clean test` must keep its order.
+ifneq ($(words $(MAKECMDGOALS)),0)
+ifeq ($(words $(MAKECMDGOALS)),1)
+MAKEFLAGS += --jobs=2
+endif
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-full test test-all check bench qualify gen format clean FORCE
@@ -21,16 +30,16 @@ BUILD := $(VENV)/.build.stamp
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(BUILD) ## speed and proof on real models, within minutes; writes demo-results/
+demo: $(BUILD) $(REQUIREMENTS) ## speed and proof on real models, within minutes; writes demo-results/
 	$(PY) -m bench.demo $(ARGS)
 
-demo-full: $(BUILD) ## the demo with every torch.compile column
+demo-full: $(BUILD) $(REQUIREMENTS) ## the demo with every torch.compile column
 	$(PY) -m bench.demo --full $(ARGS)
 
-test: $(BUILD) ## the tests (ARGS="-k name" for some of them)
+test: $(BUILD) $(REQUIREMENTS) ## the tests (ARGS="-k name" for some of them)
 	@$(call run_tests,-m "not slow")
 
-test-all: $(BUILD) ## the tests and the slow ones: everything that exists
+test-all: $(BUILD) $(REQUIREMENTS) ## the tests and the slow ones: everything that exists
 	@$(call run_tests,)
 
 check: $(REQUIREMENTS) ## lint, format, types, generated files
@@ -43,10 +52,10 @@ check: $(REQUIREMENTS) ## lint, format, types, generated files
 	run $(PY) -m fused_attn._codegen --check; \
 	if [ -n "$$failed" ]; then echo "make check: failed:$$failed"; exit 1; fi
 
-bench: $(BUILD) ## time every op against eager, Inductor and x.clone()
+bench: $(BUILD) $(REQUIREMENTS) ## time every op against eager, Inductor and x.clone()
 	$(PY) -m bench ops $(ARGS)
 
-qualify: $(BUILD) ## correctness and speed on this machine's GPU, as JSON in bench/results
+qualify: $(BUILD) $(REQUIREMENTS) ## correctness and speed on this machine's GPU, as JSON in bench/results
 	$(PY) -m bench qualify --out bench/results $(ARGS)
 
 gen: $(REQUIREMENTS) ## write csrc/ops.gen.h again from the op schemas
@@ -74,17 +83,23 @@ interpreted=0; TRITON_INTERPRET=1 $(PYTEST) tests/interpret $(1) $(ARGS) || inte
 case "$$native $$interpreted" in "0 0"|"0 5"|"5 0") ;; *) exit 1 ;; esac
 endef
 
-# Stamps: what they depend on changed since the last install. A .venv made by hand has none, and gets one quickly.
-$(REQUIREMENTS): requirements-dev.txt pyproject.toml
+# Stamps: what they depend on changed since the last install. A .venv made by hand has none, and gets them quickly.
+$(TORCH): requirements-dev.txt pyproject.toml
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch into $(VENV)"
+	@$(PY) -m pip install -qq --no-compile --constraint requirements-dev.txt torch ninja packaging setuptools wheel
+	@touch $@
+
+$(REQUIREMENTS): $(TORCH)
 	@echo "installing requirements-dev.txt into $(VENV) (minutes, the first time)"
 	@$(PY) -m pip install -qq --no-compile --requirement requirements-dev.txt
 	@touch $@
 
-# The log is where pip writes what setup.py prints: the one line saying what was and wasn't built.
-$(BUILD): $(REQUIREMENTS) setup.py $(CSRC) $(if $(wildcard fused_attn/_C*.so),,FORCE)
+# The log is where pip writes what setup.py prints: the one line saying what was and wasn't built. Without MAKEFLAGS, in
+# which ninja would find the two jobs above and compile one file at a time.
+$(BUILD): $(TORCH) setup.py $(CSRC) $(if $(wildcard fused_attn/_C*.so),,FORCE)
 	@echo "building fused_attn into $(VENV)"
 	@: > $(VENV)/.build.log
-	@PATH="$(abspath $(BIN)):$$PATH" $(PY) -m pip install --quiet --log $(VENV)/.build.log --no-deps --no-build-isolation --editable .
+	@MAKEFLAGS= PATH="$(abspath $(BIN)):$$PATH" $(PY) -m pip install --quiet --log $(VENV)/.build.log --no-deps --no-build-isolation --editable .
 	@sed -nE 's/.*(fused_attn: (built|installed) .*)/\1/p' $(VENV)/.build.log
 	@touch $@

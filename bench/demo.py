@@ -33,7 +33,7 @@ from fused_attn import backend
 from . import measure, networks
 from .measure import Candidate, Timing
 from .networks import NETWORKS
-from .support import ROOT, progress, significant, table, write_json
+from .support import ROOT, progress, significant, table, threads, write_json
 
 MODES = ("forward", "training")
 COMPILED_FIRST = sorted((n for n in NETWORKS if NETWORKS[n].compiles is not None), key=lambda n: NETWORKS[n].compiles)
@@ -300,41 +300,27 @@ def too_far(e: dict[str, dict[str, float]]) -> list[str]:
 
 
 def describe(name: str, found: dict[str, Any]) -> str:
-    """What there is to say of one network before torch.compile."""
-    e = found["errors"]
+    """What was fused in one network."""
+    ran = ", ".join(f"{k} ({v} calls)" for k, v in found["backend"].items()) or "none"
+    return f"\n━━ {name}\nfuse_: {found['fuse']}\nbackend that ran: {ran}\n"
+
+
+def describe_times(found: dict[str, Any], mode: str) -> str:
+    """One line, said as soon as it is known: the whole table comes at the end."""
+    times, n = found["times"][mode], batch(mode, found["device"])
+    cell = lambda key: "failed" if "error" in times[key] else f"{significant(times[key]['ms'])} ms"
+    return (
+        f"{mode}, batch {n}, per image: {cell('eager')} unfused, {cell('fused')} fused ({_ratio(times)}), "
+        f"{cell('no gates')} with the gates removed"
+    )
+
+
+def describe_errors(e: dict[str, dict[str, float]]) -> str:
+    """How right it is."""
     rows = [[ERRORS[k], *(f"{e[k][c]:.1e}" for c in ("output", "gradients", "worst gradient"))] for k in ERRORS]
     head = ["relative error vs float64", "output", "all gradients", "worst gradient"]
-    ran = ", ".join(f"{k} ({v} calls)" for k, v in found["backend"].items()) or "none"
-    parts = [
-        f"\n━━ {name}",
-        f"fuse_: {found['fuse']}",
-        f"backend that ran: {ran}",
-        "",
-        table(head, rows),
-        f"(were every gate 1 % larger, the output would change by {e['gates']['output']:.1e})",
-        "",
-        _times(found, ("",)),
-    ]
-    return "\n".join(parts)
-
-
-def _times(found: dict[str, Any], prefixes: Sequence[str]) -> str:
-    rows = []
-    for prefix in prefixes:
-        for mode in MODES:
-            times = found["times"].get(prefix + mode)
-            if times is None:
-                continue
-            n = batch(mode, found["device"])
-            label = f"{prefix}{mode}, batch {n}"
-            if "error" in times:
-                rows.append([label, "–", "–", times["error"], "–"])
-                continue
-            cell = lambda key, times=times: (
-                "–" if key not in times else "failed" if "error" in times[key] else significant(times[key]["ms"])
-            )
-            rows.append([label, cell("eager"), cell("fused"), _ratio(times), cell("no gates")])
-    return table(["ms per image", "unfused", "fused", "speed-up", "gates removed"], rows)
+    gates = f"(were every gate 1 % larger, the output would change by {e['gates']['output']:.1e})"
+    return f"\n{table(head, rows)}\n{gates}"
 
 
 def _ratio(times: dict[str, Any]) -> str:
@@ -490,16 +476,19 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             "fused": report.fused,
             "refused": report.refused,
             "backend": which_backend(made["fused"], device),
-            "errors": during(f"{name}: errors against float64", errors, model, SIZE, device),
             "times": {},
         }
         results[name] = found
+        _say(bar, describe(name, found))
         for mode, seconds in zip(MODES, (options.seconds, 3 * options.seconds), strict=True):
             found["times"][mode] = during(
                 f"{name}: {mode}", timed, candidates(made, mode, device), mode, device, seconds
             )
+            _say(bar, describe_times(found, mode))
+        with threads(min(4, os.cpu_count() or 1)):  # not timed
+            found["errors"] = during(f"{name}: errors against float64", errors, model, SIZE, device)
         wrong += [f"{name}: {text}" for text in too_far(found["errors"])]
-        _say(bar, describe(name, found))
+        _say(bar, describe_errors(found["errors"]))
         save()
 
     def column(name: str, mode: str, times: dict[str, Any]) -> None:

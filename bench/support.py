@@ -78,14 +78,14 @@ def redraw(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread inside the block: with more, a busy neighbour costs every parallel region milliseconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """So many threads inside the block. One to measure: a busy neighbour costs every parallel region milliseconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -26,7 +26,9 @@
 #define FA_NOINLINE __attribute__((noinline))
 #define FA_UNROLL _Pragma("GCC unroll 4")  // -O2 leaves short loops over registers rolled, and the registers in memory
 #define FA_ROLLED _Pragma("GCC unroll 1")
+#define FA_LIKELY(condition) __builtin_expect(condition, 1)
 #else
+#define FA_LIKELY(condition) (condition)
 #define FA_UNROLL
 #define FA_ROLLED
 #define FA_INLINE inline

@@ -48,11 +48,18 @@
 #include "simd_end.h"
 #pragma GCC pop_options
 
-#define FA_CALL(function, types, ...)                                            \
-  (::fa::isa_level() == 2   ? ::fa::avx512::function FA_ANGLE types(__VA_ARGS__) \
-   : ::fa::isa_level() == 1 ? ::fa::avx2::function FA_ANGLE types(__VA_ARGS__)   \
-                            : ::fa::base::function FA_ANGLE types(__VA_ARGS__))
+// Not AVX-512 for float64, which is for checking: it would take a tenth of all compilation, and makes only a sigmoid
+// per element faster, by 15 %.
+#define FA_CALL(function, types, ...)                                                        \
+  [&] {                                                                                      \
+    if constexpr (!std::is_same_v<FA_FIRST types, double>)                                   \
+      if (::fa::isa_level() == 2) return ::fa::avx512::function FA_ANGLE types(__VA_ARGS__); \
+    return ::fa::isa_level() ? ::fa::avx2::function FA_ANGLE types(__VA_ARGS__)              \
+                             : ::fa::base::function FA_ANGLE types(__VA_ARGS__);             \
+  }()
 #else
 #define FA_CALL(function, types, ...) ::fa::base::function FA_ANGLE types(__VA_ARGS__)
 #endif
 #define FA_ANGLE(...) <__VA_ARGS__>
+#define FA_FIRST(...) FA_FIRST_OF(__VA_ARGS__, )
+#define FA_FIRST_OF(first, ...) first

@@ -61,6 +61,17 @@ constexpr bool is_vector = !std::is_same_v<V, Element<V>>;
 template <class V>
 constexpr int64_t count_of = is_vector<V> ? width<Element<V>> : 1;
 
+// Whether kernels of feature maps of T have, beside the code for everything, a form of it for what networks have most.
+// Each costs seconds of compilation: float64 and the baseline have none, where there is anything above it, and half
+// precision only where processors are that compute in it.
+#ifdef FA_X86
+template <class T>
+constexpr bool has_fast = std::is_same_v<T, float> ? FA_BYTES > 16 : FA_BYTES > 32 && !std::is_same_v<T, double>;
+#else
+template <class T>
+constexpr bool has_fast = std::is_same_v<T, float>;
+#endif
+
 template <class V>
 FA_INLINE V set(Element<V> a) {
   if constexpr (is_vector<V>)
@@ -284,15 +295,18 @@ FA_INLINE void each(int64_t n, F& f) {
 // exp by 2^k · P(r), |r| ≤ ln2/2 (Cody–Waite reduction, degree-6 minimax): 2 ulp in float32. Overflow gives inf, NaN
 // stays.
 template <class V>
+FA_NOINLINE V exp_each(V x) {
+  V y;
+  for (int64_t i = 0; i < count_of<V>; ++i) y[i] = std::exp(x[i]);
+  return y;
+}
+template <class V>
 FA_INLINE V exp_of(V x) {
   if constexpr (std::is_same_v<Element<V>, double>) {
-    if constexpr (is_vector<V>) {
-      V y;
-      for (int64_t i = 0; i < count_of<V>; ++i) y[i] = std::exp(x[i]);
-      return y;
-    } else {
+    if constexpr (is_vector<V>)
+      return exp_each<V>(x);
+    else
       return std::exp(x);
-    }
   } else {
     const V clamped = select(x > set<V>(89.0f), set<V>(89.0f), select(x < set<V>(-88.0f), set<V>(-88.0f), x));
     const V scaled = clamped * 1.44269504088896341f;

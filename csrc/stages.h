@@ -51,14 +51,13 @@ enum class Epi { identity, relu, other };
 
 // Where e = dy·act'(v) comes from.
 enum class From {
-  dy,       // no activation: e is dy
-  mask,     // relu with its output kept: e is dy where the output is positive
-  any,      // the rest, by a switch per vector
-  nothing,  // no dy at all
+  dy,    // no activation: e is dy
+  mask,  // relu with its output kept: e is dy where the output is positive
+  any,   // the rest, and no dy at all: by a switch per vector
 };
 
 // What else the pooled gradient adds to dx besides a constant per plane.
-enum class Back { add, share, sign, deviation };
+enum class Back { add, share, any };
 
 enum class Pool { mean, max, mean_max, mean_abs, mean_var };
 Pool pool_of(const std::string& name);
@@ -92,7 +91,7 @@ struct Epilogue {
 
 template <class T>
 From from_of(const Epilogue<T>& in) {
-  if (!in.dy.data) return From::nothing;
+  if (!in.dy.data) return From::any;
   if (in.act == Act::identity) return From::dy;
   if (in.act == Act::relu && in.aux.data) return From::mask;
   return From::any;

@@ -299,7 +299,7 @@ def make(tree):
 
 
 def installs(calls):
-    return [re.search(r"(--requirement|--editable)", c)[1] for c in calls if " pip install " in f"{c} "]
+    return [re.search(r"--(constraint|requirement|editable)", c)[1] for c in calls if " pip install " in f"{c} "]
 
 
 def test_make_installs_only_after_a_change(tree, make):
@@ -314,23 +314,37 @@ def test_make_installs_only_after_a_change(tree, make):
     extension = tree / "fused_attn/_C.abi3.so"
     extension.touch()
     settle()
-    assert installs(make("test")[1]) == ["--requirement", "--editable"], "there is no stamp yet"
+    everything = ["constraint", "editable", "requirement"]
+    calls = make("test")[1]
+    assert sorted(installs(calls)) == everything, "there is no stamp yet"
+    assert installs(calls)[0] == "constraint", "torch comes first: the build needs it"
     settle()
     assert installs(make("test")[1]) == []
     for changed, expected in [
-        ("requirements-dev.txt", ["--requirement", "--editable"]),
-        ("pyproject.toml", ["--requirement", "--editable"]),
-        ("setup.py", ["--editable"]),
-        ("csrc/module.cpp", ["--editable"]),
-        ("csrc/shared.h", ["--editable"]),
+        ("requirements-dev.txt", everything),
+        ("pyproject.toml", everything),
+        ("setup.py", ["editable"]),
+        ("csrc/module.cpp", ["editable"]),
+        ("csrc/shared.h", ["editable"]),
         ("fused_attn/__init__.py", []),
     ]:
         settle()
         (tree / changed).touch()
-        assert installs(make("test")[1]) == expected, changed
+        assert sorted(installs(make("test")[1])) == expected, changed
     settle()
     extension.unlink()
-    assert installs(make("test")[1]) == ["--editable"], "the extension was removed"
+    assert installs(make("test")[1]) == ["editable"], "the extension was removed"
+
+
+@pytest.mark.parametrize("fails", ["--constraint", "--requirement", "--editable"])
+def test_make_stops_where_an_install_fails(tree, make, fails):
+    """Neither half of what runs side by side may fail unseen, and the next call tries it again."""
+    done, calls = make("test", f'case "$*" in *{fails}*) exit 1;; esac')
+    assert done.returncode != 0
+    assert not any(" pytest " in c for c in calls)
+    done, calls = make("test")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert fails.strip("-") in installs(calls)
 
 
 @pytest.mark.parametrize(

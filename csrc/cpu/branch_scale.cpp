@@ -49,41 +49,20 @@ static Map part(const Map& merged, const Step& step, int64_t c) {
   return step.slot < 0 ? merged : channels_of<T>(merged, step.slot * c, c);
 }
 
-template <class F>
-static void by_count(int64_t count, const F& f) {
-  switch (count) {
-    case 1:
-      return f(std::integral_constant<int, 1>{});
-    case 2:
-      return f(std::integral_constant<int, 2>{});
-    case 4:
-      return f(std::integral_constant<int, 4>{});
-    default:
-      return f(std::integral_constant<int, 0>{});
-  }
-}
-
 // Work items of a map: planes or pixels, and the elements of each.
 static int64_t runs_of(const Map& m) { return m.n * (m.pixels ? m.s : m.c); }
 static int64_t length_of(const Map& m) { return m.pixels ? m.c : m.s; }
 
 template <class T>
 static void weigh(const Branches& x, const Map& y, const Acc<T>* gate, int64_t gn, bool stream) {
-  by_count(x.count, [&](auto branches) {
-    constexpr int B = decltype(branches)::value;
-    parallel_for(0, runs_of(y), grain(length_of(y) * x.count),
-                 [&](int64_t b, int64_t e) { FA_CALL(weigh_runs, (T, B), x, y, Range{b, e}, gate, gn, stream); });
-  });
+  parallel_for(0, runs_of(y), grain(length_of(y) * x.count),
+               [&](int64_t b, int64_t e) { FA_CALL(weigh_runs, (T), x, y, Range{b, e}, gate, gn, stream); });
 }
 
 template <class T>
 static void share(const Map& dy, const Branches& dx, const Acc<T>* gate, const Acc<T>* add, int64_t gn, bool stream) {
-  by_count(dx.count, [&](auto branches) {
-    constexpr int B = decltype(branches)::value;
-    parallel_for(0, runs_of(dy), grain(length_of(dy) * dx.count), [&](int64_t b, int64_t e) {
-      FA_CALL(share_runs, (T, B), dy, dx, Range{b, e}, gate, add, gn, stream);
-    });
-  });
+  parallel_for(0, runs_of(dy), grain(length_of(dy) * dx.count),
+               [&](int64_t b, int64_t e) { FA_CALL(share_runs, (T), dy, dx, Range{b, e}, gate, add, gn, stream); });
 }
 
 // dgate lies (n, branch, c) with gn numbers a sample; dx is written where it has maps.
@@ -91,26 +70,23 @@ template <class T, bool Write>
 static void project(const Branches& x, const Map& dy, const Branches& dx, const Acc<T>* gate, Acc<T>* dgate,
                     int64_t gn) {
   using A = Acc<T>;
-  by_count(x.count, [&](auto branches) {
-    constexpr int B = decltype(branches)::value;
-    const int64_t c = dy.c, all = x.count * c;
-    if (!dy.pixels) {
-      parallel_for(0, dy.n * c, grain(dy.s * x.count), [&](int64_t b, int64_t e) {
-        FA_CALL(project_planes, (T, B, Write), x, dy, dx, Range{b, e}, gate, dgate, gn);
-      });
-      return;
-    }
-    const int64_t run = pixels_per_run(all), runs = (dy.s + run - 1) / run;
-    const auto sums = scratch<A>(dy.n * runs * all);
-    parallel_for(0, dy.n * runs, 1, [&](int64_t b, int64_t e) {
-      for (int64_t i = b; i < e; ++i) {
-        const int64_t n = i / runs, s = i % runs * run;
-        FA_CALL(project_pixels, (T, B, Write), x, dy, dx, n, (Range{s, std::min(s + run, dy.s)}), gate + n * gn,
-                sums.get() + i * all);
-      }
+  const int64_t c = dy.c, all = x.count * c;
+  if (!dy.pixels) {
+    parallel_for(0, dy.n * c, grain(dy.s * x.count), [&](int64_t b, int64_t e) {
+      FA_CALL(project_planes, (T, Write), x, dy, dx, Range{b, e}, gate, dgate, gn);
     });
-    for (int64_t n = 0; n < dy.n; ++n) add_runs(sums.get() + n * runs * all, runs, all, dgate + n * gn);
+    return;
+  }
+  const int64_t run = pixels_per_run(all), runs = (dy.s + run - 1) / run;
+  const auto sums = scratch<A>(dy.n * runs * all);
+  parallel_for(0, dy.n * runs, 1, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t n = i / runs, s = i % runs * run;
+      FA_CALL(project_pixels, (T, Write), x, dy, dx, n, (Range{s, std::min(s + run, dy.s)}), gate + n * gn,
+              sums.get() + i * all);
+    }
   });
+  for (int64_t n = 0; n < dy.n; ++n) add_runs(sums.get() + n * runs * all, runs, all, dgate + n * gn);
 }
 
 // The checks that all four have in common; the number of branches.

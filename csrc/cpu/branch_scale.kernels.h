@@ -44,7 +44,7 @@ struct Weigh {
 };
 
 template <class T, int B>
-void weigh_runs(const Branches& x, const Map& y, Range runs, const Acc<T>* gate, int64_t gn, bool stream) {
+void weigh_runs_as(const Branches& x, const Map& y, Range runs, const Acc<T>* gate, int64_t gn, bool stream) {
   const int64_t c = y.c;
   Place at(runs.begin, y.pixels ? y.s : c);
   for (int64_t i = runs.begin; i < runs.end; ++i, at.next()) {
@@ -93,8 +93,8 @@ struct Share {
 };
 
 template <class T, int B>
-void share_runs(const Map& dy, const Branches& dx, Range runs, const Acc<T>* gate, const Acc<T>* add, int64_t gn,
-                bool stream) {
+void share_runs_as(const Map& dy, const Branches& dx, Range runs, const Acc<T>* gate, const Acc<T>* add, int64_t gn,
+                   bool stream) {
   const int64_t c = dy.c;
   Place at(runs.begin, dy.pixels ? dy.s : c);
   for (int64_t i = runs.begin; i < runs.end; ++i, at.next()) {
@@ -185,8 +185,8 @@ FA_INLINE void project_run(const Project<T, B, Write>& f, int64_t n, const Acc<T
 }
 
 template <class T, int B, bool Write>
-void project_planes(const Branches& x, const Map& dy, const Branches& dx, Range rows, const Acc<T>* gate, Acc<T>* dgate,
-                    int64_t gn) {
+void project_planes_as(const Branches& x, const Map& dy, const Branches& dx, Range rows, const Acc<T>* gate,
+                       Acc<T>* dgate, int64_t gn) {
   const int64_t c = dy.c;
   Place at(rows.begin, c);
   for (int64_t r = rows.begin; r < rows.end; ++r, at.next()) {
@@ -225,8 +225,8 @@ struct ProjectPixels {
 
 // Pixels [s.begin, s.end) of one sample into dgate (branch, c).
 template <class T, int B, bool Write>
-void project_pixels(const Branches& x, const Map& dy, const Branches& dx, int64_t n, Range s, const Acc<T>* gate,
-                    Acc<T>* dgate) {
+void project_pixels_as(const Branches& x, const Map& dy, const Branches& dx, int64_t n, Range s, const Acc<T>* gate,
+                       Acc<T>* dgate) {
   const int64_t c = dy.c;
   for (int64_t i = 0; i < x.count * c; ++i) dgate[i] = 0;
   for (int64_t p = s.begin; p < s.end;) {
@@ -243,4 +243,35 @@ void project_pixels(const Branches& x, const Map& dy, const Branches& dx, int64_
     each<Acc<T>>(c, f);
     p += f.rows;
   }
+}
+
+// f(B) for a number of branches that has code of its own, else f(0).
+template <class T, class F>
+FA_INLINE void by_count(int64_t count, const F& f) {
+  if constexpr (has_fast<T>) {
+    if (count == 1) return f(std::integral_constant<int, 1>{});
+    if (count == 2) return f(std::integral_constant<int, 2>{});
+    if (count == 4) return f(std::integral_constant<int, 4>{});
+  }
+  f(std::integral_constant<int, 0>{});
+}
+template <class T>
+void weigh_runs(const Branches& x, const Map& y, Range runs, const Acc<T>* gate, int64_t gn, bool stream) {
+  by_count<T>(x.count, [&](auto b) { weigh_runs_as<T, decltype(b)::value>(x, y, runs, gate, gn, stream); });
+}
+template <class T>
+void share_runs(const Map& dy, const Branches& dx, Range runs, const Acc<T>* gate, const Acc<T>* add, int64_t gn,
+                bool stream) {
+  by_count<T>(dx.count, [&](auto b) { share_runs_as<T, decltype(b)::value>(dy, dx, runs, gate, add, gn, stream); });
+}
+template <class T, bool Write>
+void project_planes(const Branches& x, const Map& dy, const Branches& dx, Range rows, const Acc<T>* gate, Acc<T>* dgate,
+                    int64_t gn) {
+  by_count<T>(x.count,
+              [&](auto b) { project_planes_as<T, decltype(b)::value, Write>(x, dy, dx, rows, gate, dgate, gn); });
+}
+template <class T, bool Write>
+void project_pixels(const Branches& x, const Map& dy, const Branches& dx, int64_t n, Range s, const Acc<T>* gate,
+                    Acc<T>* dgate) {
+  by_count<T>(x.count, [&](auto b) { project_pixels_as<T, decltype(b)::value, Write>(x, dy, dx, n, s, gate, dgate); });
 }

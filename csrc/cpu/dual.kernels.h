@@ -5,10 +5,7 @@ struct Factor {
   V f, by_gate, by_pixel;  // f and its derivatives
 };
 // Fast: a product, the merge of networks that are in a hurry; else code for all merges that looks at `merge` as it
-// goes. Each fast form costs a second of compilation, so float64 and the baseline have none, and half precision only
-// where processors are that compute in it.
-template <class T>
-constexpr bool has_fast = std::is_same_v<T, float> ? FA_BYTES > 16 : FA_BYTES > 32 && !std::is_same_v<T, double>;
+// goes.
 
 template <class V, bool Fast>
 FA_INLINE Factor<V> factor_of(Merge merge, V gate, V pixel) {

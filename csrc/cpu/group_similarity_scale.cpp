@@ -29,16 +29,15 @@ struct Parameters {
 #define FA_GROUPS(w, state, x) \
   {w.weight.get(), w.bias.get(), w.groups, w.eps, state, state + x.n * x.c, state + x.n * x.c + x.n * w.groups}
 
-template <class T, Epi E, bool Residual>
-static void gate_as(const Map& x, const Map& residual, const Map& y, const Parameters<Acc<T>>& w, Acc<T>* state,
-                    Act act, Acc<T> slope) {
+template <class T>
+static void gate(const Map& x, const Map& residual, const Map& y, const Parameters<Acc<T>>& w, Acc<T>* state, Act act,
+                 Acc<T> slope) {
   using A = Acc<T>;
   const int64_t c = x.c, g = w.groups;
   if (!x.pixels) {
     parallel_for(0, x.n * g, grain(c / g * x.s), [&](int64_t b, int64_t e) {
       const auto room = scratch<A>(2 * x.s);
-      FA_CALL(group_planes, (T, E, Residual), x, residual, y, (Range{b, e}), FA_GROUPS(w, state, x), room.get(), act,
-              slope);
+      FA_CALL(group_planes, (T), x, residual, y, (Range{b, e}), FA_GROUPS(w, state, x), room.get(), act, slope);
     });
     return;
   }
@@ -55,25 +54,10 @@ static void gate_as(const Map& x, const Map& residual, const Map& y, const Param
     for (int64_t j = 0; j < g; ++j) FA_CALL(deviation, (A), t.get() + j, x.s, g, mean + n * g + j, std + n * g + j);
     parallel_for(0, runs, 1, [&](int64_t b, int64_t e) {
       const auto room = scratch<A>(c + g);
-      FA_CALL(group_pixels, (T, E, Residual), x, residual, y, n, (Range{b * run, std::min(e * run, x.s)}),
-              FA_GROUPS(w, state, x), t.get(), room.get(), act, slope);
+      FA_CALL(group_pixels, (T), x, residual, y, n, (Range{b * run, std::min(e * run, x.s)}), FA_GROUPS(w, state, x),
+              t.get(), room.get(), act, slope);
     });
   }
-}
-
-template <class T>
-static void gate(const Map& x, const Map& residual, const Map& y, const Parameters<Acc<T>>& w, Acc<T>* state, Act act,
-                 Acc<T> slope) {
-  const auto run = [&](auto epi) {
-    constexpr Epi E = decltype(epi)::value;
-    if (residual.data)
-      gate_as<T, E, true>(x, residual, y, w, state, act, slope);
-    else
-      gate_as<T, E, false>(x, residual, y, w, state, act, slope);
-  };
-  if (act == Act::identity) return run(std::integral_constant<Epi, Epi::identity>{});
-  if (act == Act::relu) return run(std::integral_constant<Epi, Epi::relu>{});
-  run(std::integral_constant<Epi, Epi::other>{});
 }
 
 static std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -109,9 +93,9 @@ static bool needs_gate(const Epilogue<T>& in) {
   return in.act != Act::identity && !(in.aux.data && from_output(in.act));
 }
 
-template <class T, From F, From G>
-static void back_as(const Epilogue<T>& in, const Map& kept, const Map& dx, const Parameters<Acc<T>>& w, Acc<T>* state,
-                    Acc<T>* dweight, Acc<T>* dbias) {
+template <class T>
+static void back(const Epilogue<T>& in, const Map& kept, const Map& dx, const Parameters<Acc<T>>& w, Acc<T>* state,
+                 Acc<T>* dweight, Acc<T>* dbias) {
   using A = Acc<T>;
   const Map& x = in.x;
   const int64_t c = x.c, g = w.groups;
@@ -119,13 +103,13 @@ static void back_as(const Epilogue<T>& in, const Map& kept, const Map& dx, const
   if (!x.pixels) {
     parallel_for(0, x.n * g, grain(2 * c / g * x.s), [&](int64_t b, int64_t e) {
       const auto room = scratch<A>(3 * x.s);
-      FA_CALL(group_back_planes, (T, F, G), in, kept, dx, (Range{b, e}), FA_GROUPS(w, state, x), twice, room.get(),
-              dweight, dbias);
+      FA_CALL(group_back_planes, (T), in, kept, dx, (Range{b, e}), FA_GROUPS(w, state, x), twice, room.get(), dweight,
+              dbias);
     });
     return;
   }
   Epilogue<T> again = in;
-  if (kept.data) again.dy = kept;
+  if (kept.data) again.dy = kept, again.act = Act::identity;
   const int64_t run = pixels_per_run(c), runs = (x.s + run - 1) / run;
   const auto maps = scratch<A>(3 * x.s * g), parts = scratch<A>(runs * c), add = scratch<A>(c);
   const auto sums = scratch<double>(4 * g);
@@ -135,7 +119,7 @@ static void back_as(const Epilogue<T>& in, const Map& kept, const Map& dx, const
       const auto room = scratch<A>(2 * c);
       const Range s{b * run, std::min(e * run, x.s)};
       if (twice) FA_CALL(similar_pixels, (T), x, n, s, state + n * c, g, room.get(), t);
-      FA_CALL(towards_pixels, (T, F), in, kept, n, s, FA_GROUPS(w, state, x), t, gate, h, room.get(), twice);
+      FA_CALL(towards_pixels, (T), in, kept, n, s, FA_GROUPS(w, state, x), t, gate, h, room.get(), twice);
     });
     FA_CALL(between_pixels, (A), n, x.s, FA_GROUPS(w, state, x), t, h, sums.get(), dweight, dbias);
     parallel_for(0, runs, 1, [&](int64_t b, int64_t e) {
@@ -148,7 +132,7 @@ static void back_as(const Epilogue<T>& in, const Map& kept, const Map& dx, const
     for (int64_t j = 0; j < c; ++j) add[j] /= A(x.s);
     parallel_for(0, runs, 1, [&](int64_t b, int64_t e) {
       const auto room = scratch<A>(2 * c);
-      FA_CALL(group_back_pixels, (T, G), again, dx, n, (Range{b * run, std::min(e * run, x.s)}), FA_GROUPS(w, state, x),
+      FA_CALL(group_back_pixels, (T), again, dx, n, (Range{b * run, std::min(e * run, x.s)}), FA_GROUPS(w, state, x),
               gate, h, add.get(), room.get());
     });
   }
@@ -191,14 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_similarity_scale_bwd_cpu(const 
     const auto sums = scratch<A>(2 * m.n * w.groups);
     A *const dw = sums.get(), *const db = dw + m.n * w.groups;
     const Epilogue<T> in{m, maps[1], maps[2], nullptr, act, A(slope)};
-    if (act == Act::identity)
-      back_as<T, From::dy, From::dy>(in, maps[4], maps[3], w, s, dw, db);
-    else if (!keep)
-      back_as<T, From::any, From::any>(in, maps[4], maps[3], w, s, dw, db);
-    else if (act == Act::relu)
-      back_as<T, From::mask, From::dy>(in, maps[4], maps[3], w, s, dw, db);
-    else
-      back_as<T, From::any, From::dy>(in, maps[4], maps[3], w, s, dw, db);
+    back<T>(in, maps[4], maps[3], w, s, dw, db);
     dweight = filled<A>(weight, dw, m.n);
     dbias = filled<A>(bias, db, m.n);
   });

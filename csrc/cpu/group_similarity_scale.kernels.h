@@ -84,7 +84,7 @@ FA_INLINE void similar(const Map& x, int64_t n, int64_t c, int64_t count, const 
   for (; j < count; ++j) similar_planes<T, 1>(x, n, c + j, p + j, t, j == 0);
 }
 
-template <class T, Epi E, bool Residual>
+template <class T>
 struct ScaleBy {
   using A = Acc<T>;
   const T *x, *residual;
@@ -94,15 +94,15 @@ struct ScaleBy {
   A slope;
   bool stream;
 
-  template <class V>
+  template <bool Plain, class V>
   FA_INLINE void at(int64_t i) const {
     if constexpr (is_vector<V>) {
       if (!stream) soon_written(y + i);
-      if constexpr (Residual) soon(residual + i);
+      if (!Plain && residual) soon(residual + i);
     }
     V v = load<V>(x + i) * get<V>(gate + i);
-    if constexpr (Residual) v = v + load<V>(residual + i);
-    store<V>(y + i, finished<V, E>(v, act, set<V>(slope)), stream);
+    if (!Plain && residual) v = v + load<V>(residual + i);
+    store<V>(y + i, Plain ? v : finished<V>(v, act, set<V>(slope)), stream);
   }
 };
 
@@ -116,7 +116,7 @@ struct Groups {
 };
 
 // Groups [begin, end), numbered n·G + g. room: 2·S.
-template <class T, Epi E, bool Residual>
+template <class T>
 void group_planes(const Map& x, const Map& residual, const Map& y, Range rows, const Groups<Acc<T>>& in, Acc<T>* room,
                   Act act, Acc<T> slope) {
   using A = Acc<T>;
@@ -136,21 +136,21 @@ void group_planes(const Map& x, const Map& residual, const Map& y, Range rows, c
     const GateOf<A> f{t, in.mean[r], in.std[r] + in.eps, in.weight[g], in.bias[g], gate};
     each<A>(x.s, f);
     for (int64_t j = c; j < c + count; ++j) {
-      const ScaleBy<T, E, Residual> s{x.plane<const T>(n, j),
-                                      Residual ? residual.plane<const T>(n, j) : nullptr,
-                                      y.plane<T>(n, j),
-                                      gate,
-                                      act,
-                                      slope,
-                                      stream};
-      each<A>(x.s, s);
+      const ScaleBy<T> s{x.plane<const T>(n, j),
+                         residual.data ? residual.plane<const T>(n, j) : nullptr,
+                         y.plane<T>(n, j),
+                         gate,
+                         act,
+                         slope,
+                         stream};
+      each_finished<T>(x.s, s);
     }
   }
   streamed(stream);
 }
 
 // h += e·x and t += x·p of one plane; e where it is kept. Without `gate` e doesn't need it.
-template <class T, From F>
+template <class T>
 struct Towards {
   using A = Acc<T>;
   const T *x, *dy, *aux;
@@ -172,8 +172,7 @@ struct Towards {
     }
     const V v = load<V>(x + i);
     const V s = gate ? v * get<V>(gate + i) : V{};
-    const V e =
-        behind<V, F>(load<V>(dy + i), aux ? load<V>(aux + i) : V{}, s, act, set<V>(slope), output, aux != nullptr);
+    const V e = behind<V>(load<V>(dy + i), aux ? load<V>(aux + i) : V{}, s, act, set<V>(slope), output, aux != nullptr);
     if (kept) store<V>(kept + i, e);
     if (t) put<V>(t + i, (first ? V{} : get<V>(t + i)) + v * p);
     put<V>(h + i, (first ? V{} : get<V>(h + i)) + e * v);
@@ -236,7 +235,7 @@ FA_INLINE double inner_run(const T* x, const Acc<T>* dt, int64_t n) {
   return aside + sum(last) + rest;
 }
 
-template <class T, From G, bool PerElement>
+template <class T, bool PerElement>
 struct BackBy {
   using A = Acc<T>;
   const T *x, *dy;
@@ -255,21 +254,21 @@ struct BackBy {
     if constexpr (is_vector<V>)
       if (!stream) soon_written(dx + i);
     const V a = get<V>(gate + i);
-    const V v = G == From::any ? load<V>(x + i) * a : V{};
-    const V e = behind<V, G>(load<V>(dy + i), V{}, v, act, set<V>(slope), false, false);
+    const V v = act == Act::identity ? V{} : load<V>(x + i) * a;
+    const V e = behind<V>(load<V>(dy + i), V{}, v, act, set<V>(slope), false, false);
     store<V>(dx + i, e * a + (get<V>(dt + i) * of<V>(p, i) + of<V>(add, i)), stream);
   }
 };
 
-// twice: e depends on the gate, so that t must be there before e is. F says how e is found first, G how the last pass
-// finds it. room: 3·S. dweight and dbias: (N, G).
-template <class T, From F, From G>
+// twice: e depends on the gate, so that t must be there before e is. room: 3·S. dweight and dbias: (N, G).
+template <class T>
 void group_back_planes(const Epilogue<T>& in, const Map& kept, const Map& dx, Range rows, const Groups<Acc<T>>& w,
                        bool twice, Acc<T>* room, Acc<T>* dweight, Acc<T>* dbias) {
   using A = Acc<T>;
   using V = Vec<A>;
   const bool stream = streams<T>(dx);
   const Map& x = in.x;
+  const Act again = kept.data ? Act::identity : in.act;  // what was kept is e
   const int64_t count = x.c / w.groups, s = x.s;
   A *const t = room, *const gate = t + s, *const h = gate + s;
   Place at(rows.begin, w.groups);
@@ -282,18 +281,18 @@ void group_back_planes(const Epilogue<T>& in, const Map& kept, const Map& dx, Ra
       each<A>(s, gates);
     }
     for (int64_t j = 0; j < count; ++j) {
-      const Towards<T, F> f{x.plane<const T>(n, c + j),
-                            in.dy.template plane<const T>(n, c + j),
-                            in.aux.data ? in.aux.template plane<const T>(n, c + j) : nullptr,
-                            kept.data ? kept.plane<T>(n, c + j) : nullptr,
-                            twice ? gate : nullptr,
-                            p[j],
-                            twice ? nullptr : t,
-                            h,
-                            j == 0,
-                            in.act,
-                            in.slope,
-                            from_output(in.act)};
+      const Towards<T> f{x.plane<const T>(n, c + j),
+                         in.dy.template plane<const T>(n, c + j),
+                         in.aux.data ? in.aux.template plane<const T>(n, c + j) : nullptr,
+                         kept.data ? kept.plane<T>(n, c + j) : nullptr,
+                         twice ? gate : nullptr,
+                         p[j],
+                         twice ? nullptr : t,
+                         h,
+                         j == 0,
+                         in.act,
+                         in.slope,
+                         from_output(in.act)};
       each<A>(s, f);
     }
     if (!twice) each<A>(s, gates);
@@ -316,7 +315,7 @@ void group_back_planes(const Epilogue<T>& in, const Map& kept, const Map& dx, Ra
       const T* const plane = x.plane<const T>(n, c + j);
       const A add = A(inner_run<T>(plane, h, s) / double(s));
       const T* const e = kept.data ? kept.plane<const T>(n, c + j) : in.dy.template plane<const T>(n, c + j);
-      const BackBy<T, G, false> back{plane, e, dx.plane<T>(n, c + j), gate, h, p + j, &add, in.act, in.slope, stream};
+      const BackBy<T, false> back{plane, e, dx.plane<T>(n, c + j), gate, h, p + j, &add, again, in.slope, stream};
       each<A>(s, back);
     }
   }
@@ -379,7 +378,7 @@ struct GateRow {
 };
 
 // mean and std: of this sample's groups. room: C + G.
-template <class T, Epi E, bool Residual>
+template <class T>
 void group_pixels(const Map& x, const Map& residual, const Map& y, int64_t n, Range s, const Groups<Acc<T>>& in,
                   const Acc<T>* t, Acc<T>* room, Act act, Acc<T> slope) {
   using A = Acc<T>;
@@ -390,20 +389,20 @@ void group_pixels(const Map& x, const Map& residual, const Map& y, int64_t n, Ra
     const GateRow<A> f{t + i * g, in.mean + n * g, in.std + n * g, in.weight, in.bias, in.eps, gate};
     each<A>(g, f);
     repeat(gate, g, x.c / g, row);
-    const ScaleBy<T, E, Residual> scaled{x.pixel<const T>(n, i),
-                                         Residual ? residual.pixel<const T>(n, i) : nullptr,
-                                         y.pixel<T>(n, i),
-                                         row,
-                                         act,
-                                         slope,
-                                         stream};
-    each<A>(x.c, scaled);
+    const ScaleBy<T> scaled{x.pixel<const T>(n, i),
+                            residual.data ? residual.pixel<const T>(n, i) : nullptr,
+                            y.pixel<T>(n, i),
+                            row,
+                            act,
+                            slope,
+                            stream};
+    each_finished<T>(x.c, scaled);
   }
   streamed(stream);
 }
 
 // e·x of a pixel, and e where it is kept.
-template <class T, From F>
+template <class T>
 struct TowardsRow {
   using A = Acc<T>;
   const T *x, *dy, *aux;
@@ -419,8 +418,7 @@ struct TowardsRow {
     if constexpr (is_vector<V>) soon(x + c), soon(dy + c);
     const V v = load<V>(x + c);
     const V s = gate ? v * get<V>(gate + c) : V{};
-    const V e =
-        behind<V, F>(load<V>(dy + c), aux ? load<V>(aux + c) : V{}, s, act, set<V>(slope), output, aux != nullptr);
+    const V e = behind<V>(load<V>(dy + c), aux ? load<V>(aux + c) : V{}, s, act, set<V>(slope), output, aux != nullptr);
     if (kept) store<V>(kept + c, e);
     if (similar) put<V>(similar + c, v * get<V>(p + c));
     put<V>(ex + c, e * v);
@@ -428,7 +426,7 @@ struct TowardsRow {
 };
 
 // First pass: t (unless e needs the gate: then it is there), gate (S, G), and h = a·(1 − a)·Σ e·x. room: 2·C + G.
-template <class T, From F>
+template <class T>
 void towards_pixels(const Epilogue<T>& in, const Map& kept, int64_t n, Range s, const Groups<Acc<T>>& w, Acc<T>* t,
                     Acc<T>* gate, Acc<T>* h, Acc<T>* room, bool twice) {
   using A = Acc<T>;
@@ -441,17 +439,17 @@ void towards_pixels(const Epilogue<T>& in, const Map& kept, int64_t n, Range s, 
       each<A>(g, f);
       repeat(gate + i * g, g, count, row);
     }
-    const TowardsRow<T, F> towards{x.pixel<const T>(n, i),
-                                   in.dy.template pixel<const T>(n, i),
-                                   in.aux.data ? in.aux.template pixel<const T>(n, i) : nullptr,
-                                   kept.data ? kept.pixel<T>(n, i) : nullptr,
-                                   twice ? row : nullptr,
-                                   w.p + n * x.c,
-                                   twice ? nullptr : row,
-                                   ex,
-                                   in.act,
-                                   in.slope,
-                                   from_output(in.act)};
+    const TowardsRow<T> towards{x.pixel<const T>(n, i),
+                                in.dy.template pixel<const T>(n, i),
+                                in.aux.data ? in.aux.template pixel<const T>(n, i) : nullptr,
+                                kept.data ? kept.pixel<T>(n, i) : nullptr,
+                                twice ? row : nullptr,
+                                w.p + n * x.c,
+                                twice ? nullptr : row,
+                                ex,
+                                in.act,
+                                in.slope,
+                                from_output(in.act)};
     each<A>(x.c, towards);
     if (!twice) {
       add_groups(row, g, count, t + i * g);
@@ -516,7 +514,7 @@ void inner_pixels(const Map& x, int64_t n, Range s, int64_t groups, const Acc<T>
 }
 
 // room: 2·C
-template <class T, From G>
+template <class T>
 void group_back_pixels(const Epilogue<T>& in, const Map& dx, int64_t n, Range s, const Groups<Acc<T>>& w,
                        const Acc<T>* gate, const Acc<T>* dt, const Acc<T>* add, Acc<T>* room) {
   using A = Acc<T>;
@@ -525,16 +523,16 @@ void group_back_pixels(const Epilogue<T>& in, const Map& dx, int64_t n, Range s,
   for (int64_t i = s.begin; i < s.end; ++i) {
     repeat(gate + i * g, g, c / g, room);
     repeat(dt + i * g, g, c / g, room + c);
-    const BackBy<T, G, true> f{in.x.template pixel<const T>(n, i),
-                               in.dy.template pixel<const T>(n, i),
-                               dx.pixel<T>(n, i),
-                               room,
-                               room + c,
-                               w.p + n * c,
-                               add,
-                               in.act,
-                               in.slope,
-                               stream};
+    const BackBy<T, true> f{in.x.template pixel<const T>(n, i),
+                            in.dy.template pixel<const T>(n, i),
+                            dx.pixel<T>(n, i),
+                            room,
+                            room + c,
+                            w.p + n * c,
+                            add,
+                            in.act,
+                            in.slope,
+                            stream};
     each<A>(c, f);
   }
   streamed(stream);

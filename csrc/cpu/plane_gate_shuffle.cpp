@@ -53,15 +53,15 @@ struct Parameters {
    parameters.k,               \
    parameters.eps}
 
-template <class T, Epi E, bool Residual>
-static void gate_as(const Map& x, const Map& residual, const Map& y, const Parameters<Acc<T>>& w, Acc<T>* stats,
-                    Act act, Acc<T> slope) {
+template <class T>
+static void gate(const Map& x, const Map& residual, const Map& y, const Parameters<Acc<T>>& w, Acc<T>* stats, Act act,
+                 Acc<T> slope) {
   using A = Acc<T>;
   const int64_t c = x.c;
   A *const mean = stats, *const rstd = stats + x.n * c;
   if (!x.pixels) {
     parallel_for(0, x.n * c, grain(x.s), [&](int64_t b, int64_t e) {
-      FA_CALL(gate_planes, (T, E, Residual), x, residual, y, (Range{b, e}), FA_VIEW(w), mean, rstd, act, slope);
+      FA_CALL(gate_planes, (T), x, residual, y, (Range{b, e}), FA_VIEW(w), mean, rstd, act, slope);
     });
     return;
   }
@@ -75,25 +75,10 @@ static void gate_as(const Map& x, const Map& residual, const Map& y, const Param
     w.logits(c, mean + at, rstd + at, slopes, offsets);
     parallel_for(0, runs, 1, [&](int64_t b, int64_t e) {
       const auto room = scratch<A>(c);
-      FA_CALL(gate_pixels, (T, E, Residual), x, residual, y, n, (Range{b * run, std::min(e * run, x.s)}),
+      FA_CALL(gate_pixels, (T), x, residual, y, n, (Range{b * run, std::min(e * run, x.s)}),
               {mean + at, slopes, offsets}, room.get(), act, slope);
     });
   }
-}
-
-template <class T>
-static void gate(const Map& x, const Map& residual, const Map& y, const Parameters<Acc<T>>& w, Acc<T>* stats, Act act,
-                 Acc<T> slope) {
-  const auto run = [&](auto epi) {
-    constexpr Epi E = decltype(epi)::value;
-    if (residual.data)
-      gate_as<T, E, true>(x, residual, y, w, stats, act, slope);
-    else
-      gate_as<T, E, false>(x, residual, y, w, stats, act, slope);
-  };
-  if (act == Act::identity) return run(std::integral_constant<Epi, Epi::identity>{});
-  if (act == Act::relu) return run(std::integral_constant<Epi, Epi::relu>{});
-  run(std::integral_constant<Epi, Epi::other>{});
 }
 
 static std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& cweight, const Tensor& cbias,
@@ -128,21 +113,21 @@ Tensor plane_gate_shuffle_infer_cpu(const Tensor& x, const Tensor& cweight, cons
   return std::get<0>(forward(x, cweight, cbias, sweight, sbias, norm_weight, norm_bias, residual, eps, act, slope));
 }
 
-template <class T, From F, From G>
-static void back_as(const Epilogue<T>& in, const Map& kept, const Map& dx, const Parameters<Acc<T>>& w,
-                    const Acc<T>* stats, Acc<T>* q0, Acc<T>* q1) {
+template <class T>
+static void back(const Epilogue<T>& in, const Map& kept, const Map& dx, const Parameters<Acc<T>>& w,
+                 const Acc<T>* stats, Acc<T>* q0, Acc<T>* q1) {
   using A = Acc<T>;
   const Map& x = in.x;
   const int64_t c = x.c;
   const A *const mean = stats, *const rstd = stats + x.n * c;
   if (!x.pixels) {
     parallel_for(0, x.n * c, grain(2 * x.s), [&](int64_t b, int64_t e) {
-      FA_CALL(back_planes, (T, F, G), in, kept, dx, (Range{b, e}), FA_VIEW(w), mean, rstd, q0, q1);
+      FA_CALL(back_planes, (T), in, kept, dx, (Range{b, e}), FA_VIEW(w), mean, rstd, q0, q1);
     });
     return;
   }
   Epilogue<T> again = in;
-  if (kept.data) again.dy = kept;
+  if (kept.data) again.dy = kept, again.act = Act::identity;
   const int64_t run = pixels_per_run(c), runs = (x.s + run - 1) / run;
   const auto parts = scratch<A>(2 * runs * c), rows = scratch<A>(4 * c);
   A *const slopes = rows.get(), *const offsets = slopes + c, *const add = offsets + c, *const along = add + c;
@@ -152,7 +137,7 @@ static void back_as(const Epilogue<T>& in, const Map& kept, const Map& dx, const
     parallel_for(0, runs, 1, [&](int64_t b, int64_t e) {
       const auto room = scratch<A>(2 * c);
       for (int64_t i = b; i < e; ++i)
-        FA_CALL(sum_pixels, (T, F), in, kept, n, (Range{i * run, std::min((i + 1) * run, x.s)}),
+        FA_CALL(sum_pixels, (T), in, kept, n, (Range{i * run, std::min((i + 1) * run, x.s)}),
                 {mean + at, slopes, offsets}, rstd + at, room.get(), parts.get() + i * c, parts.get() + (runs + i) * c);
     });
     add_runs(parts.get(), runs, c, q0 + at);
@@ -164,7 +149,7 @@ static void back_as(const Epilogue<T>& in, const Map& kept, const Map& dx, const
     }
     parallel_for(0, runs, 1, [&](int64_t b, int64_t e) {
       const auto room = scratch<A>(c);
-      FA_CALL(back_pixels, (T, G), again, dx, n, (Range{b * run, std::min(e * run, x.s)}), {mean + at, slopes, offsets},
+      FA_CALL(back_pixels, (T), again, dx, n, (Range{b * run, std::min(e * run, x.s)}), {mean + at, slopes, offsets},
               add, along, room.get());
     });
   }
@@ -200,14 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plane
     const auto sums = scratch<A>(2 * nc);
     A *const q0 = sums.get(), *const q1 = q0 + nc;
     const Epilogue<T> in{m, maps[1], maps[2], nullptr, act, A(slope)};
-    if (act == Act::identity)
-      back_as<T, From::dy, From::dy>(in, maps[4], maps[3], w, s.get(), q0, q1);
-    else if (!keep)
-      back_as<T, From::any, From::any>(in, maps[4], maps[3], w, s.get(), q0, q1);
-    else if (act == Act::relu)
-      back_as<T, From::mask, From::dy>(in, maps[4], maps[3], w, s.get(), q0, q1);
-    else
-      back_as<T, From::any, From::dy>(in, maps[4], maps[3], w, s.get(), q0, q1);
+    back<T>(in, maps[4], maps[3], w, s.get(), q0, q1);
     std::vector<double> d[6];
     for (auto& v : d) v.assign(k, 0.0);
     for (int64_t r = 0; r < nc; ++r) {

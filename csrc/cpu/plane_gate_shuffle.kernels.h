@@ -9,7 +9,7 @@ struct PlaneGate {
   const A *mean, *slope, *offset;
 };
 
-template <class T, Epi E, bool Residual, bool Spatial>
+template <class T, bool Spatial>
 struct GatePlane {
   using A = Acc<T>;
   const T *x, *residual;
@@ -19,20 +19,20 @@ struct GatePlane {
   A epilogue_slope;
   bool stream;
 
-  template <class V>
+  template <bool Plain, class V>
   FA_INLINE void at(int64_t i) const {
     if constexpr (is_vector<V>) {
       soon(x + i);
       if (!stream) soon_written(y + i);
-      if constexpr (Residual) soon(residual + i);
+      if (!Plain && residual) soon(residual + i);
     }
     V v = load<V>(x + i);
     if constexpr (Spatial)
       v = v * sigmoid_of<V>((v - mean) * slope + offset);
     else
       v = v * gate;
-    if constexpr (Residual) v = v + load<V>(residual + i);
-    store<V>(y + i, finished<V, E>(v, act, set<V>(epilogue_slope)), stream);
+    if (!Plain && residual) v = v + load<V>(residual + i);
+    store<V>(y + i, Plain ? v : finished<V>(v, act, set<V>(epilogue_slope)), stream);
   }
 };
 
@@ -56,7 +56,7 @@ struct Affine {
   }
 };
 
-template <class T, Epi E, bool Residual>
+template <class T>
 void gate_planes(const Map& x, const Map& residual, const Map& y, Range rows, const Affine<Acc<T>>& affine,
                  Acc<T>* means, Acc<T>* rstds, Act act, Acc<T> epilogue_slope) {
   using A = Acc<T>;
@@ -65,7 +65,7 @@ void gate_planes(const Map& x, const Map& residual, const Map& y, Range rows, co
   for (int64_t i = rows.begin; i < rows.end; ++i, at.next()) {
     const int64_t n = at.outer, d = at.inner, c = source_of(d, x.c), r = n * x.c + c;
     const T* const from = x.plane<const T>(n, c);
-    const T* const add = Residual ? residual.plane<const T>(n, d) : nullptr;
+    const T* const add = residual.data ? residual.plane<const T>(n, d) : nullptr;
     A mean, var = 0, slope, offset;
     if (affine.second(c)) {
       moments_run<T>(from, x.s, &mean, &var);
@@ -77,19 +77,18 @@ void gate_planes(const Map& x, const Map& residual, const Map& y, Range rows, co
     means[r] = mean, rstds[r] = var;
     affine.logit(c, mean, var, &slope, &offset);
     if (affine.second(c)) {
-      const GatePlane<T, E, Residual, true> f{from, add, y.plane<T>(n, d), mean,  slope, offset,
-                                              0,    act, epilogue_slope,   stream};
-      each<A>(x.s, f);
+      const GatePlane<T, true> f{from, add, y.plane<T>(n, d), mean, slope, offset, 0, act, epilogue_slope, stream};
+      each_finished<T>(x.s, f);
     } else {
-      const GatePlane<T, E, Residual, false> f{
+      const GatePlane<T, false> f{
           from, add, y.plane<T>(n, d), mean, slope, offset, sigmoid_of<A>(offset), act, epilogue_slope, stream};
-      each<A>(x.s, f);
+      each_finished<T>(x.s, f);
     }
   }
   streamed(stream);
 }
 
-template <class T, From F, bool Spatial>
+template <class T, bool Spatial>
 struct SumPlane {
   using A = Acc<T>;
   const T *x, *dy, *aux;
@@ -109,8 +108,8 @@ struct SumPlane {
     }
     const V v = load<V>(x + i), apart = v - mean;
     const V s = Spatial ? sigmoid_of<V>(apart * slope + offset) : set<V>(gate);
-    const V e = behind<V, F>(load<V>(dy + i), aux ? load<V>(aux + i) : V{}, v * s, act, set<V>(epilogue_slope), output,
-                             aux != nullptr);
+    const V e = behind<V>(load<V>(dy + i), aux ? load<V>(aux + i) : V{}, v * s, act, set<V>(epilogue_slope), output,
+                          aux != nullptr);
     if (kept) store<V>(kept + i, e);
     if constexpr (Spatial) {
       const V q = e * v * s * (1 - s);
@@ -122,8 +121,8 @@ struct SumPlane {
   }
 };
 
-template <class T, From F, bool Spatial>
-FA_INLINE void sum_run(const SumPlane<T, F, Spatial>& f, int64_t n, Acc<T>* q0, Acc<T>* q1) {
+template <class T, bool Spatial>
+FA_INLINE void sum_run(const SumPlane<T, Spatial>& f, int64_t n, Acc<T>* q0, Acc<T>* q1) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int64_t W = width<A>;
@@ -146,7 +145,7 @@ FA_INLINE void sum_run(const SumPlane<T, F, Spatial>& f, int64_t n, Acc<T>* q0, 
   *q0 = A(aside0 + rest0), *q1 = A(aside1 + rest1);
 }
 
-template <class T, From F, bool Spatial>
+template <class T, bool Spatial>
 struct BackPlane {
   using A = Acc<T>;
   const T *x, *dy;
@@ -163,10 +162,10 @@ struct BackPlane {
       if (!stream) soon_written(dx + i);
     }
     V v{};
-    if constexpr (Spatial || F == From::any) v = load<V>(x + i);
+    if (Spatial || act != Act::identity) v = load<V>(x + i);
     const V apart = v - mean;
     const V s = Spatial ? sigmoid_of<V>(apart * slope + offset) : set<V>(gate);
-    const V e = behind<V, F>(load<V>(dy + i), V{}, v * s, act, set<V>(epilogue_slope), false, false);
+    const V e = behind<V>(load<V>(dy + i), V{}, v * s, act, set<V>(epilogue_slope), false, false);
     V out = e * s;
     if constexpr (Spatial)
       out = out + (out * v * (1 - s) - add - apart * along) * slope;
@@ -176,8 +175,7 @@ struct BackPlane {
   }
 };
 
-// G is what the second pass reads: From::dy what is dy or was written as e; From::any dy, with the activation again.
-template <class T, From F, From G, bool Spatial>
+template <class T, bool Spatial>
 FA_INLINE void back_plane(const Epilogue<T>& in, const Map& kept, const Map& dx, int64_t n, int64_t d, int64_t c,
                           const Affine<Acc<T>>& affine, Acc<T> mean, Acc<T> rstd, Acc<T>* q0, Acc<T>* q1, bool stream) {
   using A = Acc<T>;
@@ -187,30 +185,30 @@ FA_INLINE void back_plane(const Epilogue<T>& in, const Map& kept, const Map& dx,
   const T *const x = in.x.template plane<const T>(n, c), *const dy = in.dy.template plane<const T>(n, d);
   const T* const aux = in.aux.data ? in.aux.template plane<const T>(n, d) : nullptr;
   T* const keep = kept.data ? kept.plane<T>(n, d) : nullptr;
-  const SumPlane<T, F, Spatial> sums{x,     dy,     aux,  keep,   mean,     rstd,
-                                     slope, offset, gate, in.act, in.slope, from_output(in.act)};
-  sum_run<T, F, Spatial>(sums, in.x.s, q0, q1);
+  const SumPlane<T, Spatial> sums{x,     dy,     aux,  keep,   mean,     rstd,
+                                  slope, offset, gate, in.act, in.slope, from_output(in.act)};
+  sum_run<T, Spatial>(sums, in.x.s, q0, q1);
   const A size = A(in.x.s);
   if (!Spatial) *q0 *= gate * (1 - gate);
   const A add = Spatial ? *q0 / size : affine.cweight[c % affine.k] * *q0 / size;
-  const BackPlane<T, G, Spatial> back{x,
-                                      keep ? keep : dy,
-                                      dx.plane<T>(n, c),
-                                      mean,
-                                      rstd,
-                                      slope,
-                                      offset,
-                                      gate,
-                                      add,
-                                      *q1 / size * rstd,
-                                      in.act,
-                                      in.slope,
-                                      stream};
+  const BackPlane<T, Spatial> back{x,
+                                   keep ? keep : dy,
+                                   dx.plane<T>(n, c),
+                                   mean,
+                                   rstd,
+                                   slope,
+                                   offset,
+                                   gate,
+                                   add,
+                                   *q1 / size * rstd,
+                                   keep ? Act::identity : in.act,  // what was kept is e
+                                   in.slope,
+                                   stream};
   each<A>(in.x.s, back);
 }
 
 // Planes of dy, numbered as those of y.
-template <class T, From F, From G>
+template <class T>
 void back_planes(const Epilogue<T>& in, const Map& kept, const Map& dx, Range rows, const Affine<Acc<T>>& affine,
                  const Acc<T>* means, const Acc<T>* rstds, Acc<T>* q0, Acc<T>* q1) {
   const bool stream = streams<T>(dx);
@@ -219,9 +217,9 @@ void back_planes(const Epilogue<T>& in, const Map& kept, const Map& dx, Range ro
   for (int64_t i = rows.begin; i < rows.end; ++i, at.next()) {
     const int64_t n = at.outer, d = at.inner, c = source_of(d, channels), r = n * channels + c;
     if (affine.second(c))
-      back_plane<T, F, G, true>(in, kept, dx, n, d, c, affine, means[r], rstds[r], q0 + r, q1 + r, stream);
+      back_plane<T, true>(in, kept, dx, n, d, c, affine, means[r], rstds[r], q0 + r, q1 + r, stream);
     else
-      back_plane<T, F, G, false>(in, kept, dx, n, d, c, affine, means[r], rstds[r], q0 + r, q1 + r, stream);
+      back_plane<T, false>(in, kept, dx, n, d, c, affine, means[r], rstds[r], q0 + r, q1 + r, stream);
   }
   streamed(stream);
 }
@@ -274,7 +272,7 @@ FA_INLINE void deinterleave(V low, V high, V& a, V& b) {
 }
 
 // y[2j] and y[2j + 1] out of the j-th of each half of v, with what follows the gate.
-template <class T, Epi E, bool Residual>
+template <class T>
 struct Weave {
   using A = Acc<T>;
   const A* v;
@@ -289,12 +287,12 @@ struct Weave {
     constexpr int64_t W = count_of<V>;
     V low, high;
     interleave<V>(get<V>(v + j), get<V>(v + half + j), low, high);
-    if constexpr (Residual) {
+    if (residual) {
       low = low + load<V>(residual + 2 * j);
       high = high + load<V>(residual + 2 * j + W);
     }
-    store<V>(y + 2 * j, finished<V, E>(low, act, set<V>(slope)));
-    store<V>(y + 2 * j + W, finished<V, E>(high, act, set<V>(slope)));
+    store<V>(y + 2 * j, finished<V>(low, act, set<V>(slope)));
+    store<V>(y + 2 * j + W, finished<V>(high, act, set<V>(slope)));
   }
 };
 template <class T>
@@ -333,19 +331,19 @@ struct GatePixel {
   }
 };
 
-template <class T, Epi E, bool Residual>
+template <class T>
 void gate_pixels(const Map& x, const Map& residual, const Map& y, int64_t n, Range s, const PlaneGate<Acc<T>>& gate,
                  Acc<T>* room, Act act, Acc<T> slope) {
   for (int64_t p = s.begin; p < s.end; ++p) {
     const GatePixel<T> f{x.pixel<const T>(n, p), gate, room};
     each<Acc<T>>(x.c, f);
-    const Weave<T, E, Residual> w{room, x.c / 2, Residual ? residual.pixel<const T>(n, p) : nullptr, y.pixel<T>(n, p),
-                                  act,  slope};
+    const Weave<T> w{room, x.c / 2, residual.data ? residual.pixel<const T>(n, p) : nullptr, y.pixel<T>(n, p),
+                     act,  slope};
     each<Acc<T>>(x.c / 2, w);
   }
 }
 
-template <class T, From F>
+template <class T>
 struct SumPixel {
   using A = Acc<T>;
   const T* x;
@@ -364,7 +362,7 @@ struct SumPixel {
     const V v = load<V>(x + c), mean = get<V>(gate.mean + c);
     const V s = gate_at<V>(v, mean, get<V>(gate.slope + c), get<V>(gate.offset + c));
     const V g =
-        behind<V, F>(get<V>(e + c), aux ? get<V>(aux + c) : V{}, v * s, act, set<V>(slope), output, aux != nullptr);
+        behind<V>(get<V>(e + c), aux ? get<V>(aux + c) : V{}, v * s, act, set<V>(slope), output, aux != nullptr);
     put<V>(e + c, g);
     const V q = g * v * s * (1 - s);
     put<V>(q0 + c, get<V>(q0 + c) + q);
@@ -373,7 +371,7 @@ struct SumPixel {
 };
 
 // Sums over the pixels s of one sample into q0 and q1, and e where it is kept. room: 2·C.
-template <class T, From F>
+template <class T>
 void sum_pixels(const Epilogue<T>& in, const Map& kept, int64_t n, Range s, const PlaneGate<Acc<T>>& gate,
                 const Acc<T>* rstd, Acc<T>* room, Acc<T>* q0, Acc<T>* q1) {
   using A = Acc<T>;
@@ -386,25 +384,25 @@ void sum_pixels(const Epilogue<T>& in, const Map& kept, int64_t n, Range s, cons
       const Unweave<T> g{in.aux.template pixel<const T>(n, p), room + c, c / 2};
       each<A>(c / 2, g);
     }
-    const SumPixel<T, F> sums{in.x.template pixel<const T>(n, p),
-                              room,
-                              in.aux.data ? room + c : nullptr,
-                              gate,
-                              rstd,
-                              q0,
-                              q1,
-                              in.act,
-                              in.slope,
-                              from_output(in.act)};
+    const SumPixel<T> sums{in.x.template pixel<const T>(n, p),
+                           room,
+                           in.aux.data ? room + c : nullptr,
+                           gate,
+                           rstd,
+                           q0,
+                           q1,
+                           in.act,
+                           in.slope,
+                           from_output(in.act)};
     each<A>(c, sums);
     if (kept.data) {
-      const Weave<T, Epi::identity, false> w{room, c / 2, nullptr, kept.pixel<T>(n, p), Act::identity, 0};
+      const Weave<T> w{room, c / 2, nullptr, kept.pixel<T>(n, p), Act::identity, 0};
       each<A>(c / 2, w);
     }
   }
 }
 
-template <class T, From G>
+template <class T>
 struct BackPixel {
   using A = Acc<T>;
   const T* x;
@@ -422,13 +420,13 @@ struct BackPixel {
       if (!stream) soon_written(dx + c);
     const V v = load<V>(x + c), mean = get<V>(gate.mean + c), slope = get<V>(gate.slope + c);
     const V s = gate_at<V>(v, mean, slope, get<V>(gate.offset + c));
-    const V g = behind<V, G>(get<V>(e + c), V{}, v * s, act, set<V>(epilogue_slope), false, false) * s;
+    const V g = behind<V>(get<V>(e + c), V{}, v * s, act, set<V>(epilogue_slope), false, false) * s;
     const V back = (g * v * (1 - s) - (v - mean) * get<V>(along + c)) * slope;
     store<V>(dx + c, g + select(slope == V{}, V{}, back) + get<V>(add + c), stream);
   }
 };
 
-template <class T, From G>
+template <class T>
 void back_pixels(const Epilogue<T>& in, const Map& dx, int64_t n, Range s, const PlaneGate<Acc<T>>& gate,
                  const Acc<T>* add, const Acc<T>* along, Acc<T>* room) {
   using A = Acc<T>;
@@ -436,7 +434,7 @@ void back_pixels(const Epilogue<T>& in, const Map& dx, int64_t n, Range s, const
   for (int64_t p = s.begin; p < s.end; ++p) {
     const Unweave<T> f{in.dy.template pixel<const T>(n, p), room, in.x.c / 2};
     each<A>(in.x.c / 2, f);
-    const BackPixel<T, G> back{
+    const BackPixel<T> back{
         in.x.template pixel<const T>(n, p), room, dx.pixel<T>(n, p), gate, add, along, in.act, in.slope, stream};
     each<A>(in.x.c, back);
   }

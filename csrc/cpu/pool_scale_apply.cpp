@@ -6,37 +6,14 @@
 
 namespace fa {
 
-template <class T, From F, Back B>
-static void apply_as(const Epilogue<T>& in, const Map& dx, Range samples, const Spread<Acc<T>>& back) {
-  if (dx.pixels)
-    parallel_for(samples.begin * dx.s, samples.end * dx.s, grain(dx.c),
-                 [&](int64_t b, int64_t e) { FA_CALL(apply_pixels, (T, F, B), in, dx, Range{b, e}, back); });
-  else
-    parallel_for(samples.begin * dx.c, samples.end * dx.c, grain(dx.s),
-                 [&](int64_t b, int64_t e) { FA_CALL(apply_planes, (T, F, B), in, dx, Range{b, e}, back); });
-}
-
 template <class T>
 void apply(const Epilogue<T>& in, const Map& dx, Range samples, const Spread<Acc<T>>& back) {
-  const auto run = [&](auto from) {
-    constexpr From F = decltype(from)::value;
-    if (back.share)
-      apply_as<T, F, Back::share>(in, dx, samples, back);
-    else if (back.sign)
-      apply_as<T, F, Back::sign>(in, dx, samples, back);
-    else if (back.slope)
-      apply_as<T, F, Back::deviation>(in, dx, samples, back);
-    else
-      apply_as<T, F, Back::add>(in, dx, samples, back);
-  };
-  switch (from_of(in)) {
-    case From::nothing:
-      return run(std::integral_constant<From, From::nothing>{});
-    case From::dy:
-      return run(std::integral_constant<From, From::dy>{});
-    default:
-      return run(std::integral_constant<From, From::any>{});
-  }
+  if (dx.pixels)
+    parallel_for(samples.begin * dx.s, samples.end * dx.s, grain(dx.c),
+                 [&](int64_t b, int64_t e) { FA_CALL(apply_pixels, (T), in, dx, Range{b, e}, back); });
+  else
+    parallel_for(samples.begin * dx.c, samples.end * dx.c, grain(dx.s),
+                 [&](int64_t b, int64_t e) { FA_CALL(apply_planes, (T), in, dx, Range{b, e}, back); });
 }
 
 #define FA_INSTANTIATE(T) template void apply<T>(const Epilogue<T>&, const Map&, Range, const Spread<Acc<T>>&);

@@ -6,50 +6,31 @@
 
 namespace fa {
 
-template <class T, From F, bool Count>
-static void reduce_as(const Epilogue<T>& in, const Map& kept, const Map& dx, Range samples, const Acc<T>* max,
-                      Acc<T>* dgate, Acc<T>* count) {
+template <class T>
+void reduce(const Epilogue<T>& in, const Map& kept, const Map& dx, Range samples, const Acc<T>* most, Acc<T>* dgate,
+            Acc<T>* count) {
   using A = Acc<T>;
   const Map& x = in.x;
+  const A* const max = count ? most : nullptr;
   const int64_t c = x.c, n = samples.end - samples.begin;
   if (!x.pixels) {
     parallel_for(samples.begin * c, samples.end * c, grain(x.s), [&](int64_t b, int64_t e) {
-      FA_CALL(reduce_planes, (T, F, Count), in, kept, dx, Range{b, e}, max, dgate, count);
+      FA_CALL(reduce_planes, (T), in, kept, dx, Range{b, e}, max, dgate, count);
     });
     return;
   }
   const int64_t run = pixels_per_run(c), runs = (x.s + run - 1) / run;
-  const auto sums = scratch<A>(n * runs * c), seen = scratch<A>(Count ? n * runs * c : 0);
+  const auto sums = scratch<A>(n * runs * c), seen = scratch<A>(count ? n * runs * c : 0);
   parallel_for(0, n * runs, 1, [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; ++i) {
       const int64_t s = i % runs * run;
-      FA_CALL(reduce_pixels, (T, F, Count), in, kept, dx, samples.begin + i / runs, (Range{s, std::min(s + run, x.s)}),
-              max, sums.get() + i * c, seen.get() + (Count ? i * c : 0));
+      FA_CALL(reduce_pixels, (T), in, kept, dx, samples.begin + i / runs, (Range{s, std::min(s + run, x.s)}), max,
+              sums.get() + i * c, seen.get() + (count ? i * c : 0));
     }
   });
   for (int64_t i = 0, to = samples.begin * c; i < n; ++i, to += c) {
     add_runs(sums.get() + i * runs * c, runs, c, dgate + to);
-    if constexpr (Count) add_runs(seen.get() + i * runs * c, runs, c, count + to);
-  }
-}
-
-template <class T>
-void reduce(const Epilogue<T>& in, const Map& kept, const Map& dx, Range samples, const Acc<T>* max, Acc<T>* dgate,
-            Acc<T>* count) {
-  const auto run = [&](auto from) {
-    constexpr From F = decltype(from)::value;
-    if (count)
-      reduce_as<T, F, true>(in, kept, dx, samples, max, dgate, count);
-    else
-      reduce_as<T, F, false>(in, kept, dx, samples, max, dgate, count);
-  };
-  switch (from_of(in)) {
-    case From::dy:
-      return run(std::integral_constant<From, From::dy>{});
-    case From::mask:
-      return run(std::integral_constant<From, From::mask>{});
-    default:
-      return run(std::integral_constant<From, From::any>{});
+    if (count) add_runs(seen.get() + i * runs * c, runs, c, count + to);
   }
 }
 

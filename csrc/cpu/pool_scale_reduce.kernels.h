@@ -1,6 +1,7 @@
 #include "cpu/epilogue.kernels.h"
 
 // dgate = Σ e·x, and what else that read of dy and x can give
+// Count: perhaps also how often x is the maximum, where there is an array for it.
 template <class T, From F, bool Count>
 struct Reduce {
   using A = Acc<T>;
@@ -8,7 +9,7 @@ struct Reduce {
   T *kept, *dx;
   Act act;
   A slope;
-  bool output;
+  bool output, counts;
 
   template <class V>
   FA_INLINE void step(int64_t i, V gate, V max, V& total, V& count) const {
@@ -20,7 +21,7 @@ struct Reduce {
     const V v = load<V>(x + i);
     const V e = gradient_at<V, F>(dy, aux, v, gate, i, act, set<V>(slope), output);
     total = total + e * v;
-    if constexpr (Count) count = count + select(v == max, set<V>(1), V{});
+    if (Count && counts) count = count + select(v == max, set<V>(1), V{});
     if (kept) store<V>(kept + i, e);
     if (dx) store<V>(dx + i, e * gate);
   }
@@ -50,7 +51,7 @@ FA_INLINE void reduce_run(const Reduce<T, F, Count>& f, int64_t n, Acc<T> gate, 
   A rest = 0, rest_seen = 0;
   for (; i < n; ++i) f.template step<A>(i, gate, max, rest, rest_seen);
   *dgate = A(aside + (sum((total[0] + total[1]) + (total[2] + total[3])) + rest));
-  if constexpr (Count) *count = sum((seen[0] + seen[1]) + (seen[2] + seen[3])) + rest_seen;
+  if (Count && f.counts) *count = sum((seen[0] + seen[1]) + (seen[2] + seen[3])) + rest_seen;
 }
 
 // Four pixels at a time, so that the sums over C are loaded and stored once for them.
@@ -64,17 +65,17 @@ struct ReducePixels {
 
   template <class V>
   FA_INLINE void at(int64_t c) {
-    const V g = get<V>(gate + c), m = Count ? get<V>(max + c) : V{};
+    const V g = get<V>(gate + c), m = Count && max ? get<V>(max + c) : V{};
     V total{}, seen{};
     for (int j = 0; j < rows; ++j) at_pixel[j].template step<V>(c, g, m, total, seen);
     put<V>(dgate + c, get<V>(dgate + c) + total);
-    if constexpr (Count) put<V>(count + c, get<V>(count + c) + seen);
+    if (Count && max) put<V>(count + c, get<V>(count + c) + seen);
   }
 };
 
 template <class T, From F, bool Count>
-void reduce_planes(const Epilogue<T>& in, const Map& kept, const Map& dx, Range rows, const Acc<T>* max, Acc<T>* dgate,
-                   Acc<T>* count) {
+void reduce_planes_as(const Epilogue<T>& in, const Map& kept, const Map& dx, Range rows, const Acc<T>* max,
+                      Acc<T>* dgate, Acc<T>* count) {
   Place at(rows.begin, in.x.c);
   for (int64_t r = rows.begin; r < rows.end; ++r, at.next()) {
     const int64_t n = at.outer, c = at.inner;
@@ -85,18 +86,20 @@ void reduce_planes(const Epilogue<T>& in, const Map& kept, const Map& dx, Range 
                                 const_cast<T*>(plane_of<T>(dx, n, c)),
                                 in.act,
                                 in.slope,
-                                from_output(in.act)};
-    reduce_run<T, F, Count>(f, in.x.s, in.gate[r], Count ? max[r] : Acc<T>(0), dgate + r, Count ? count + r : nullptr);
+                                from_output(in.act),
+                                max != nullptr};
+    reduce_run<T, F, Count>(f, in.x.s, in.gate[r], Count && max ? max[r] : Acc<T>(0), dgate + r,
+                            Count && max ? count + r : nullptr);
   }
 }
 
 template <class T, From F, bool Count>
-void reduce_pixels(const Epilogue<T>& in, const Map& kept, const Map& dx, int64_t n, Range s, const Acc<T>* max,
-                   Acc<T>* dgate, Acc<T>* count) {
+void reduce_pixels_as(const Epilogue<T>& in, const Map& kept, const Map& dx, int64_t n, Range s, const Acc<T>* max,
+                      Acc<T>* dgate, Acc<T>* count) {
   const int64_t c = in.x.c;
   for (int64_t i = 0; i < c; ++i) {
     dgate[i] = 0;
-    if constexpr (Count) count[i] = 0;
+    if (Count && max) count[i] = 0;
   }
   for (int64_t p = s.begin; p < s.end;) {
     ReducePixels<T, F, Count> f{};
@@ -109,11 +112,36 @@ void reduce_pixels(const Epilogue<T>& in, const Map& kept, const Map& dx, int64_
                        const_cast<T*>(pixel_of<T>(dx, n, p + j)),
                        in.act,
                        in.slope,
-                       from_output(in.act)};
-    f.gate = in.gate + n * c, f.max = Count ? max + n * c : nullptr, f.dgate = dgate, f.count = count;
+                       from_output(in.act),
+                       max != nullptr};
+    f.gate = in.gate + n * c, f.max = Count && max ? max + n * c : nullptr, f.dgate = dgate, f.count = count;
     each<Acc<T>>(c, f);
     p += f.rows;
   }
+}
+
+// The two that networks have most, where they are compiled, and else the one for everything. max: null for no counts.
+template <class T>
+void reduce_planes(const Epilogue<T>& in, const Map& kept, const Map& dx, Range rows, const Acc<T>* max, Acc<T>* dgate,
+                   Acc<T>* count) {
+  if constexpr (has_fast<T>) {
+    const From from = from_of(in);
+    if (!max && from == From::dy) return reduce_planes_as<T, From::dy, false>(in, kept, dx, rows, max, dgate, count);
+    if (!max && from == From::mask)
+      return reduce_planes_as<T, From::mask, false>(in, kept, dx, rows, max, dgate, count);
+  }
+  reduce_planes_as<T, From::any, true>(in, kept, dx, rows, max, dgate, count);
+}
+template <class T>
+void reduce_pixels(const Epilogue<T>& in, const Map& kept, const Map& dx, int64_t n, Range s, const Acc<T>* max,
+                   Acc<T>* dgate, Acc<T>* count) {
+  if constexpr (has_fast<T>) {
+    const From from = from_of(in);
+    if (!max && from == From::dy) return reduce_pixels_as<T, From::dy, false>(in, kept, dx, n, s, max, dgate, count);
+    if (!max && from == From::mask)
+      return reduce_pixels_as<T, From::mask, false>(in, kept, dx, n, s, max, dgate, count);
+  }
+  reduce_pixels_as<T, From::any, true>(in, kept, dx, n, s, max, dgate, count);
 }
 
 template <class T>

@@ -11,24 +11,8 @@ template <class T>
 void scale(const Map& x, const Map& residual, const Map& y, Range samples, const Acc<T>* gate, Act act, double slope) {
   const int64_t runs = x.pixels ? x.s : x.c, length = x.pixels ? x.c : x.s;
   const Acc<T> a = Acc<T>(slope);
-  parallel_for(samples.begin * runs, samples.end * runs, grain(length), [&](int64_t b, int64_t e) {
-    const Range r{b, e};
-    if (residual.data) {
-      if (act == Act::identity)
-        FA_CALL(scale_runs, (T, Epi::identity, true), x, residual, y, r, gate, act, a);
-      else if (act == Act::relu)
-        FA_CALL(scale_runs, (T, Epi::relu, true), x, residual, y, r, gate, act, a);
-      else
-        FA_CALL(scale_runs, (T, Epi::other, true), x, residual, y, r, gate, act, a);
-    } else {
-      if (act == Act::identity)
-        FA_CALL(scale_runs, (T, Epi::identity, false), x, residual, y, r, gate, act, a);
-      else if (act == Act::relu)
-        FA_CALL(scale_runs, (T, Epi::relu, false), x, residual, y, r, gate, act, a);
-      else
-        FA_CALL(scale_runs, (T, Epi::other, false), x, residual, y, r, gate, act, a);
-    }
-  });
+  parallel_for(samples.begin * runs, samples.end * runs, grain(length),
+               [&](int64_t b, int64_t e) { FA_CALL(scale_runs, (T), x, residual, y, Range{b, e}, gate, act, a); });
 }
 template void scale<float>(const Map&, const Map&, const Map&, Range, const float*, Act, double);
 template void scale<double>(const Map&, const Map&, const Map&, Range, const double*, Act, double);
