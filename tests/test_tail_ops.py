@@ -21,8 +21,8 @@ def batch_norm(mean, m2, weight, bias, size):
 def excited(size, largest=False):
     """An excite of `moments_affine`: BatchNorm, and a gate of the means (and the maxima) behind it."""
 
-    def excite(mean, m2, *rest):
-        ends, (weight, bias, w1, w2) = rest[: 2 * largest], rest[2 * largest :]
+    def excite(moments, weight, bias, w1, w2):
+        mean, m2, *ends = moments
         a, z, statistics = batch_norm(mean, m2, weight, bias, size)
         p = z if not largest else 2 * z + (torch.where(a > 0, *ends) - mean) * a
         s = torch.sigmoid(F.relu(p @ w1.t()) @ w2.t())
@@ -98,7 +98,7 @@ def test_moments_affine(backend, with_residual, act, layout, dtype):
             size = x[0, 0].numel()
             with use_backend(backend):
                 y, statistics = ops.moments_affine(
-                    x, excited(size, largest), *own, descriptors="extrema" if largest else "moments",
+                    x, excited(size, largest), *own, descriptor="extrema" if largest else "moments",
                     residual=residual, act=act,
                 )  # fmt: skip
                 found = torch.autograd.grad(y, [t for t in (x, residual) if t is not None] + own, dy)
@@ -129,7 +129,7 @@ def test_affine_pool_scale(backend, training, act, layout, dtype):
 
         def norm(*args, n=n, size=size, running=running):
             if running is None:
-                mean, m2, weight, bias = args
+                (mean, m2), weight, bias = args
                 a, z, statistics = batch_norm(mean, m2, weight, bias, size)
                 return torch.stack([a.expand_as(z), z]), statistics
             weight, bias = args
@@ -167,9 +167,7 @@ def test_parts_are_the_whole(name):
     if name == "moments_affine":
         f = lambda x: ops.moments_affine(x, excited(49), *weights, residual=residual, act="relu")[0]
     else:
-        norm = lambda mean, m2, w, b: torch.stack(
-            [(batch_norm(mean, m2, w, b, 49)[0]).expand_as(mean), batch_norm(mean, m2, w, b, 49)[1]]
-        )
+        norm = lambda m, w, b: torch.stack([batch_norm(*m, w, b, 49)[0].expand_as(m[0]), batch_norm(*m, w, b, 49)[1]])
         excite = lambda p, w1, w2: torch.sigmoid(F.relu(p @ w1.t()) @ w2.t())
         f = lambda x: ops.affine_pool_scale(x, norm, excite, weights[:2], weights[2:], act="silu")
     whole = f(x)

@@ -235,6 +235,8 @@ def affine_launches(size, kind, dtype, act="relu", n=2, c=64):
     aux, how = activations.needs_aux(act, True) and residual, (act, 0.01)
     run("channel_moments", x, False)
     run("channel_moments", x, True)
+    run("batch_affine", two, v[0], v[0], 49, 1e-5)
+    run("batch_affine_bwd", two, two, two[0], v[0], 49, 1e-5)
     run("affine_apply", x, v, v, v, residual, None, *how)
     run("affine_apply", x, v, v, None, None, v, *how)
     run("affine_apply_bwd", x, dy, v, v, v, aux, None, *how, True)

@@ -75,9 +75,8 @@ void by_acc(ScalarType dtype, const F& f) {
 
 std::tuple<Tensor, Tensor> batch_affine_cpu(const Tensor& moments, const OptTensor& weight, const OptTensor& bias,
                                             int64_t size, double eps) {
-  const ScalarType dtype = moments.scalar_type();
+  const ScalarType dtype = acc_dtype(moments.scalar_type());
   STD_TORCH_CHECK(moments.dim() == 3 && moments.size(0) == 2 && size > 0 && moments.is_cpu(), "moments");
-  STD_TORCH_CHECK(dtype == acc_dtype(dtype), "moments must be float32 or float64");
   const int64_t n = moments.size(1), c = moments.size(2);
   if (weight) check_shape(*weight, {c});
   if (bias) check_shape(*bias, {c});
@@ -93,19 +92,19 @@ std::tuple<Tensor, Tensor> batch_affine_cpu(const Tensor& moments, const OptTens
 
 std::tuple<Tensor, Tensor> batch_affine_bwd_cpu(const Tensor& moments, const Tensor& dboth, const Tensor& statistics,
                                                 const OptTensor& weight, int64_t size, double eps) {
-  const ScalarType dtype = moments.scalar_type();
+  const ScalarType dtype = acc_dtype(moments.scalar_type());
   STD_TORCH_CHECK(moments.dim() == 3 && moments.size(0) == 2 && size > 0 && moments.is_cpu(), "moments");
-  STD_TORCH_CHECK(dtype == acc_dtype(dtype), "moments must be float32 or float64");
   const int64_t n = moments.size(1), c = moments.size(2);
   check_shape(dboth, {2, n, c});
   check_shape(statistics, {2, c});
   if (weight) check_shape(*weight, {c});
-  Tensor dmoments = new_dense({2, n, c}, dtype), dnorm = new_dense({2, c}, dtype);
+  Tensor dnorm = new_dense({2, c}, dtype), dmoments;
   by_acc(dtype, [&](auto zero) {
     using A = decltype(zero);
     const Dense<A> m(moments), g(dboth), s(statistics), w(weight);
-    backward<A>(m.get(), g.get(), s.get(), w.get(), n, c, size, eps, static_cast<A*>(dmoments.data_ptr()),
-                static_cast<A*>(dnorm.data_ptr()));
+    Filled<A> dm(moments);
+    backward<A>(m.get(), g.get(), s.get(), w.get(), n, c, size, eps, dm.get(), static_cast<A*>(dnorm.data_ptr()));
+    dmoments = dm.done();
   });
   return {dmoments, dnorm};
 }

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..layout import accumulator
 from ..ops.affine_apply import affine_apply
 from ..ops.affine_pool_scale import affine_pool_scale
+from ..ops.batch_affine import batch_affine, formula
 from ..ops.moments_affine import moments_affine
 from ..plan import path, vars_of
 from .norms import keep, uses_batch
@@ -94,19 +96,17 @@ class _Shared(torch.autograd.Function):
         return (dmu + 2 * dvar * (mean - mu)) * (ctx.count / total), dvar / total, None, None, None
 
 
-def batch_statistics(
-    mean: Tensor, m2: Tensor, size: int, group: Any = None, memo: list[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """μ and the biased variance (C,) of a batch from the moments (N, C) of its planes of `size` values."""
-    n = mean.shape[0]
-    if n == 1 and group is None:
-        return mean[0], m2[0] / size
+def _shared(moments: Tensor, size: int, group: Any, memo: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """μ and the biased variance (C,) over all processes, from the moments of the planes here."""
+    mean, m2 = moments
     mu = mean.mean(0)
     whole = m2.sum(0) + (mean - mu).square().sum(0) * size
-    if group is None:
-        return mu, whole / (n * size)
-    found: tuple[Tensor, Tensor] = _Shared.apply(mu, whole, n * size, group, memo)
+    found: tuple[Tensor, Tensor] = _Shared.apply(mu, whole, mean.shape[0] * size, group, memo)
     return found
+
+
+def _times(a: Tensor, weight: Tensor | None) -> Tensor:
+    return a if weight is None else a * weight.to(a.dtype)
 
 
 class _Map:
@@ -134,41 +134,45 @@ class _Map:
         """How many values of a channel the batch had, over all processes; once forward has run."""
         return int(self.memo[2]) if self.memo else self.values
 
-    def affine(self, *given: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Sequence[Tensor]]:
-        """a (C,), β or None, the mean and variance (2 tensors of (C,)) that normalise, and the tensors left for a gate;
-        from (mean, m2), where the batch's statistics are used, and the norm's tensors."""
-        left = [t.to(self.acc) for t in given[: 2 * self.batch]]
-        rest = list(given[2 * self.batch :])
-        weight = rest.pop(0).to(self.acc) if self.weighted else None
-        bias = rest.pop(0).to(self.acc) if self.biased else None
+    def both(self, *given: Tensor) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
+        """Scale and shift (2, N, C) of the norm, relative to the mean of each plane where the batch's statistics are
+        used, else to the running mean; those statistics (2, C), or None; and the tensors left for a gate."""
+        rest = list(given[self.batch :])
+        weight = rest.pop(0) if self.weighted else None
+        bias = rest.pop(0) if self.biased else None
+        if self.batch and self.group is None:
+            # Compilers differentiate only what they can look into.
+            of: Any = formula if is_compiling() else batch_affine
+            found, statistics = of(given[0], weight, bias, self.size, self.eps)
+            return found, statistics, rest
         if self.batch:
-            mu, var = batch_statistics(left[0], left[1], self.size, self.group, self.memo)
-        else:
-            mu, var = rest.pop(0).to(self.acc), rest.pop(0).to(self.acc)
-        a = torch.rsqrt(var + self.eps)
-        return a if weight is None else a * weight, bias, (mu, var), rest  # type: ignore[return-value]
+            moments = given[0]
+            mu, var = _shared(moments, self.size, self.group, self.memo)
+            a = _times(torch.rsqrt(var + self.eps), weight)
+            shift = (moments[0] - mu) * a
+            shift = shift if bias is None else shift + bias.to(self.acc)
+            return torch.stack([a.expand_as(shift), shift]), torch.stack([mu, var]), rest
+        _, var = rest.pop(0), rest.pop(0).to(self.acc)
+        a = _times(torch.rsqrt(var + self.eps), weight)
+        shift = torch.zeros_like(a) if bias is None else bias.to(self.acc)
+        return torch.stack([a, shift]).unsqueeze(1).expand(2, *self.shape), None, rest
 
-    def outside(self, mean: Tensor, *given: Tensor) -> Any:
-        """Scale and shift of the norm and the gate of its means."""
-        a, bias, (mu, var), rest = self.affine(*((mean,) if self.batch else ()), *given)
-        z = (mean - mu) * a
-        z = z if bias is None else z + bias
-        if self.excite is None:
-            both = torch.stack([a.expand_as(z), z])
+    def outside(self, given: Tensor, *tensors: Tensor) -> Any:
+        """Scale and shift of the norm and the gate of its means, relative to the means of the planes."""
+        if self.batch:
+            both, statistics, rest = self.both(given, *tensors)
         else:
-            s = self.excite(z, *rest)
-            both = torch.stack([s * a, s * z])
-        return (both, torch.stack([mu, var])) if self.batch else both
+            both, statistics, rest = self.both(*tensors)
+            mu = tensors[self.weighted + self.biased].to(self.acc)
+            both = torch.stack([both[0], (given - mu) * both[0] + both[1]])
+        if self.excite is not None:
+            both = both * self.excite(both[1], *rest)
+        return both if statistics is None else (both, statistics)
 
     def inside(self, *given: Tensor) -> Any:
         """Scale and shift of the norm alone: relative to the plane's mean, or to the running one."""
-        a, bias, (mu, var), _ = self.affine(*given)
-        if not self.batch:
-            shift = torch.zeros_like(a) if bias is None else bias
-            return torch.stack([a, shift]).unsqueeze(1).expand(2, *self.shape)
-        z = (given[0] - mu) * a
-        z = z if bias is None else z + bias
-        return torch.stack([a.expand_as(z), z]), torch.stack([mu, var])
+        both, statistics, _ = self.both(*given)
+        return both if statistics is None else (both, statistics)
 
 
 def run(
@@ -186,7 +190,7 @@ def run(
         return affine_apply(x, scale, shift, centre, residual, None, act, slope)
     what = "moments" if maps.batch else "mean"
     out = moments_affine(
-        x, maps.outside, *maps.tensors, *tensors, descriptors=what, residual=residual, act=act, slope=slope
+        x, maps.outside, *maps.tensors, *tensors, descriptor=what, residual=residual, act=act, slope=slope
     )
     return _kept(norm, maps, out)
 

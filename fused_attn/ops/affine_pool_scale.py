@@ -1,6 +1,6 @@
 """A gate behind a normalisation and an activation: neither the normalised map nor the activated one is ever stored.
 
-    mean, m2 = channel_moments(x),   scale, shift = norm(mean, m2, *norm_params)
+    mean, m2 = channel_moments(x),   scale, shift = norm((mean, m2), *norm_params)
     u = act(scale·(x − mean) + shift),   p = mean_s u,   gate = excite(p, *params),   y = gate·u
 
 This is BatchNorm → activation → squeeze-and-excitation in front of a convolution (MBConv of MobileNetV3 and
@@ -91,9 +91,9 @@ def affine_pool_scale(
     owns all of it.
 
     x: (N, C, *S) feature map
-    norm: a differentiable function (mean, m2, *norm_params) -> (2, N, C), scale and shift of v = scale·(x − mean) +
-        shift; without moments (*norm_params) -> (2, N, C), of v = scale·(x − centre) + shift. It may return statistics
-        beside, as in `moments_affine`
+    norm: a differentiable function (moments, *norm_params) -> (2, N, C), scale and shift of v = scale·(x − mean) +
+        shift, from the mean and m2 (2, N, C) of every plane; without moments (*norm_params) -> (2, N, C), of
+        v = scale·(x − centre) + shift. It may return statistics beside, as in `moments_affine`
     excite: a differentiable function (p, *params) -> gate (N, C), of the means p (N, C) of act(v)
     norm_params, params: tensors handed to norm and to excite, which receive gradients. Both functions run again in
         backward, so they must be pure, and tensors that need a gradient must not come through a closure
@@ -107,9 +107,9 @@ def affine_pool_scale(
     norm_params, params = tuple(norm_params), tuple(params)
     if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
-        given = tuple(channel_moments(x)) if moments else ()
+        given: tuple[Tensor, ...] = (channel_moments(x),) if moments else ()
         (scale, shift), kept = excite_.split(norm(*given, *norm_params))
-        u = affine_apply(x, scale, shift, given[0] if moments else centre, None, None, act, slope)
+        u = affine_apply(x, scale, shift, given[0][0] if moments else centre, None, None, act, slope)
         gate = excite_.split(excite(channel_pool(u), *params))[0]
         y: Tensor = u * spread(gate.to(u.dtype), u)
         return (y, *kept) if kept else y
@@ -122,10 +122,10 @@ def affine_pool_scale(
     elif centre is not None:
         raise ValueError("centre is the mean where norm gets moments; got a tensor")
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *norm_params, *params))):
-        given = tuple(channel_moments(x)) if moments else ()
+        given = (channel_moments(x),) if moments else ()
         both, statistics = excite_.split(norm(*given, *norm_params))
         excite_.complete(both, (2, *x.shape[:2]), "(2, N, C)")
-        c = given[0] if moments else centre
+        c = given[0][0] if moments else centre
         gate, _ = excite_.split(excite(affine_pool(x, both[0], both[1], c, act, slope), *params))
         excite_.complete(gate, x.shape[:2], "(N, C)")
         y = affine_apply(x, both[0], both[1], c, None, gate, act, slope)
@@ -144,13 +144,13 @@ class _Spanning(torch.autograd.Function):
         ctx: Any, x: Tensor, centre: Tensor | None, norm: Callable[..., Any], excite: Callable[..., Any],
         moments: bool, count: int, act: str, slope: float, *params: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        given = tuple(channel_moments(x)) if moments else ()
-        c = given[0] if moments else centre
+        given: tuple[Tensor, ...] = (channel_moments(x),) if moments else ()
+        c = given[0][0] if moments else centre
         both, statistics = excite_.run(norm, given, params[:count], (2, *x.shape[:2]), "(2, N, C)")
         p = affine_pool(x, both[0], both[1], c, act, slope)
         gate, _ = excite_.run(excite, (p,), params[count:], x.shape[:2], "(N, C)")
         y = affine_apply(x, both[0], both[1], c, None, gate, act, slope)
-        ctx.save_for_backward(x, both, c, p, gate, *given[1:], *params)
+        ctx.save_for_backward(x, both, None if moments else c, p, gate, *given, *params)
         ctx.consts = norm, excite, moments, count, act, slope
         ctx.backend = "auto" if torch.compiler.is_compiling() else forced()  # compiled code looks when it runs
         ctx.mark_non_differentiable(*statistics)
@@ -165,7 +165,8 @@ class _Spanning(torch.autograd.Function):
         """The two halves, and both functions' gradients between them."""
         x, both, c, p, gate, *rest = ctx.saved_tensors
         norm, excite, moments, count, act, slope = ctx.consts
-        given = (c, rest.pop(0)) if moments else ()
+        given: tuple[Tensor, ...] = (rest.pop(0),) if moments else ()
+        c = given[0][0] if moments else c
         norm_params, params, needs = rest[:count], rest[count:], ctx.needs_input_grad[8:]
         dy, scale, shift = match(dy, x), both[0], both[1]
         dyu, dyd, d, dydt, dt = affine_pool_scale_reduce(x, dy, scale, shift, c, act, slope)
@@ -175,8 +176,8 @@ class _Spanning(torch.autograd.Function):
         q = dp.to(dyd.dtype) / size
         dscale, dshift = wide * dydt + q * dt, wide * dyd + q * d
         dgiven, dnorm = excite_.gradient(norm, given, norm_params, torch.stack([dscale, dshift]), needs[:count])
-        tilt = 2 * dgiven[1] if moments else None
-        level = (dgiven[0] - scale * dshift) / size if moments else None
+        tilt = 2 * dgiven[0][1] if moments else None
+        level = (dgiven[0][0] - scale * dshift) / size if moments else None
         dx = moments_affine_apply(x, dy, scale, shift, c, gate, q, tilt, level, None, None, act, slope)
         return dx, None, None, None, None, None, None, None, *dnorm, *dparams
 

@@ -14,6 +14,7 @@ dm = scale·(dshift − dβ/N) + 2·dvar·d/N,  dm2 = dvar/(N·S)
 import torch
 from torch import Tensor
 
+from ..layout import accumulator
 from ..registry import case, op
 from . import checks
 
@@ -31,10 +32,10 @@ def _check(moments: Tensor, weight: Tensor | None, bias: Tensor | None, size: in
         raise ValueError(f"size must be at least 1; got {size}")
 
 
-def _formula(
+def formula(
     moments: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    mean, m2 = moments
+    mean, m2 = moments.to(accumulator(moments.dtype))
     mu = mean.mean(0)
     d = mean - mu
     var = (m2.sum(0) / size + d.square().sum(0)) / mean.shape[0]
@@ -61,7 +62,7 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
 
 
 @op(
-    formula=_formula,
+    formula=formula,
     check=_check,
     save=_save,
     backward=_backward,
@@ -82,15 +83,15 @@ def batch_affine(
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift of a batch normalisation for every sample and channel, relative to the mean of each plane.
 
-    moments: (2, N, C) mean and squared deviations of every plane, as `channel_moments` returns them, or of their dtype
+    moments: (2, N, C) mean and squared deviations of every plane, as `channel_moments` returns them
     weight, bias: (C,) γ and β; None: 1 and 0
     size: S, how many values a plane has; eps: added to the variance
 
     Returns both (2, N, C): scale and shift; statistics (2, C): mean and biased variance of the batch, which have no
-        gradient.
+        gradient. Float32 for half-precision moments, else their dtype.
     Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or option.
     """
-    return _formula(moments, weight, bias, size, eps)
+    return formula(moments, weight, bias, size, eps)
 
 
 @op(
@@ -102,7 +103,8 @@ def batch_affine_bwd(
     moments: Tensor, dboth: Tensor, statistics: Tensor, weight: Tensor | None, size: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `batch_affine`: dmoments (2, N, C), and (2, C): of weight and of bias."""
-    n, dtype = max(moments.shape[1], 1), moments.dtype
+    n, dtype = max(moments.shape[1], 1), accumulator(moments.dtype)
+    given, moments = moments.dtype, moments.to(dtype)
     (dscale, dshift), (mu, var) = dboth.to(dtype), statistics
     d, r = moments[0] - mu, torch.rsqrt(var + eps)
     a = r if weight is None else r * weight.to(dtype)
@@ -110,7 +112,7 @@ def batch_affine_bwd(
     dvar = -0.5 * r * r * a * t
     dmean = a * (dshift - dbias / n) + 2 / n * dvar * d
     dm2 = (dvar / (n * size)).expand_as(dmean)
-    return torch.stack([dmean, dm2]), torch.stack([r * t, dbias])
+    return torch.stack([dmean, dm2]).to(given), torch.stack([r * t, dbias])
 
 
 __all__ = ["batch_affine", "batch_affine_bwd"]

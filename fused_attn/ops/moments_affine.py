@@ -1,6 +1,6 @@
 """A map that is scaled and shifted by functions of its own moments, with what follows; one backward owns both ends.
 
-    mean, m2 = channel_moments(x),   scale, shift = excite(mean, m2, *params)
+    mean, m2 = channel_moments(x),   scale, shift = excite((mean, m2), *params)
     v = scale·(x − mean) + shift (+ residual),   y = act(v)
 
 A BatchNorm, the gate behind it, the residual add and the activation are this: with the batch's mean μ, reciprocal
@@ -74,22 +74,23 @@ def moments_affine_reduce(
     return sums, like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty(0)
 
 
-def describe(x: Tensor, descriptors: str) -> tuple[tuple[Tensor, ...], Tensor | None]:
+def describe(x: Tensor, descriptor: str) -> tuple[Tensor, Tensor | None]:
     """What excite gets of x, and the places of the extrema where it gets those."""
-    if descriptors == "mean":
-        return (channel_pool(x),), None
-    if descriptors == "moments":
-        mean, m2 = channel_moments(x)
-        return (mean, m2), None
-    moments, index = channel_moments(x, True)
-    return tuple(moments), index
+    if descriptor == "extrema":
+        return channel_moments(x, True)
+    return (channel_pool(x) if descriptor == "mean" else channel_moments(x)), None
+
+
+def mean_of(given: Tensor) -> Tensor:
+    """The mean (N, C) in a descriptor."""
+    return given if given.dim() == 2 else given[0]
 
 
 def moments_affine(
     x: Tensor,
     excite: Callable[..., Any],
     *params: Tensor,
-    descriptors: str = "moments",
+    descriptor: str = "moments",
     residual: Tensor | None = None,
     act: str = "identity",
     slope: float = 0.01,
@@ -98,13 +99,13 @@ def moments_affine(
     backward owns both ends.
 
     x: (N, C, *S) feature map
-    excite: a differentiable function (mean, m2, *params) -> (2, N, C), scale and shift, with all tensors of samples and
-        channels (N, C), float32 for half-precision x; v = scale·(x − mean) + shift. It runs again in backward, so it
-        must be pure; statistics that the caller keeps are returned beside, as a tuple (stacked, *statistics). Tensors
-        that need a gradient must come through `params`, not through a closure.
+    excite: a differentiable function (descriptor, *params) -> (2, N, C), scale and shift; v = scale·(x − mean) + shift.
+        It runs again in backward, so it must be pure; statistics that the caller keeps are returned beside, as a tuple
+        (stacked, *statistics). Tensors that need a gradient must come through `params`, not through a closure.
     params: tensors handed to excite, which receive gradients
-    descriptors: what excite gets before params: "mean" alone; "moments": mean, m2 = Σ (x − mean)²; "extrema": mean, m2,
-        largest, smallest, whose gradients go to their first places
+    descriptor: what excite gets before params, float32 for half-precision x: "mean" (N, C); "moments" (2, N, C) mean
+        and m2 = Σ (x − mean)²; "extrema" (4, N, C) mean, m2, largest, smallest, whose gradients go to their first
+        places
     residual, act, slope: as in `affine_apply`
 
     Returns y: (N, C, *S) in x's dtype and memory format; (y, *statistics) where excite returns statistics.
@@ -113,22 +114,22 @@ def moments_affine(
     """
     if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
-        given, _ = describe(x, descriptors)
-        (scale, shift), kept = excite_.split(excite(*given, *params))
-        y: Tensor = affine_apply(x, scale, shift, given[0], residual, None, act, slope)
+        given, _ = describe(x, descriptor)
+        (scale, shift), kept = excite_.split(excite(given, *params))
+        y: Tensor = affine_apply(x, scale, shift, mean_of(given), residual, None, act, slope)
         return (y, *kept) if kept else y
     checks.feature_map("x", x)
-    checks.one_of("descriptors", descriptors, DESCRIPTORS)
+    checks.one_of("descriptor", descriptor, DESCRIPTORS)
     checks.one_of("act", act, activations.EPILOGUES)
     checks.like("residual", residual, "x", x)
     excite_.check(excite, params)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *params))):
-        given, _ = describe(x, descriptors)
-        both, statistics = excite_.split(excite(*given, *params))
+        given, _ = describe(x, descriptor)
+        both, statistics = excite_.split(excite(given, *params))
         excite_.complete(both, (2, *x.shape[:2]), "(2, N, C)")
-        y = affine_apply(x, both[0], both[1], given[0], residual, None, act, slope)
+        y = affine_apply(x, both[0], both[1], mean_of(given), residual, None, act, slope)
         return (y, *statistics) if statistics else y
-    y, *statistics = _Spanning.apply(x, residual, excite, descriptors, act, slope, *params)
+    y, *statistics = _Spanning.apply(x, residual, excite, descriptor, act, slope, *params)
     return (y, *statistics) if statistics else y
 
 
@@ -137,16 +138,16 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, excite: Callable[..., Any], descriptors: str, act: str,
+        ctx: Any, x: Tensor, residual: Tensor | None, excite: Callable[..., Any], descriptor: str, act: str,
         slope: float, *params: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        given, index = describe(x, descriptors)
-        both, statistics = excite_.run(excite, given, params, (2, *x.shape[:2]), "(2, N, C)")
-        y = affine_apply(x, both[0], both[1], given[0], residual, None, act, slope)
+        given, index = describe(x, descriptor)
+        both, statistics = excite_.run(excite, (given,), params, (2, *x.shape[:2]), "(2, N, C)")
+        y = affine_apply(x, both[0], both[1], mean_of(given), residual, None, act, slope)
         need = activations.needs_aux(act, residual is not None)
         aux = {"output": y, "residual": residual, None: None}[need]
-        ctx.save_for_backward(x, both, index, aux, *given, *params)
-        ctx.consts = excite, len(given), act, slope, residual is not None
+        ctx.save_for_backward(x, both, index, aux, given, *params)
+        ctx.consts = excite, act, slope, residual is not None
         ctx.backend = "auto" if torch.compiler.is_compiling() else forced()  # compiled code looks when it runs
         ctx.mark_non_differentiable(*statistics)
         return y, *statistics
@@ -158,18 +159,17 @@ class _Spanning(torch.autograd.Function):
     @staticmethod
     def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        x, both, index, aux, *rest = ctx.saved_tensors
-        excite, count, act, slope, residual = ctx.consts
-        given, params = rest[:count], rest[count:]
-        dy, scale, shift, mean = match(dy, x), both[0], both[1], given[0]
+        x, both, index, aux, given, *params = ctx.saved_tensors
+        excite, act, slope, residual = ctx.consts
+        dy, scale, shift, mean = match(dy, x), both[0], both[1], mean_of(given)
         sums, e = moments_affine_reduce(x, dy, scale, shift, mean, aux, act, slope, residual)
-        dgiven, dparams = excite_.gradient(excite, given, params, sums.to(both.dtype), ctx.needs_input_grad[6:])
+        (back,), dparams = excite_.gradient(excite, (given,), params, sums.to(both.dtype), ctx.needs_input_grad[6:])
         written = keeps_e(act, residual)
         size = x[0, 0].numel() if x.numel() else 1
         dx = moments_affine_apply(
             x, e if written else dy, scale, shift, mean, None, None,
-            2 * dgiven[1] if count > 1 else None, (dgiven[0] - scale * sums[1]) / size,
-            torch.stack(dgiven[2:]) if count > 2 else None, index,
+            2 * back[1] if back.dim() == 3 else None, (mean_of(back) - scale * sums[1]) / size,
+            None if index is None else back[2:], index,
             "identity" if residual else act, slope,
         )  # fmt: skip
         dresidual = (e if written else dy) if residual else None

@@ -209,8 +209,8 @@ def test_empty_halves():
 def norm(size):
     """BatchNorm as `affine_pool_scale` takes it."""
 
-    def normed(mean, m2, weight, bias):
-        a, z, _ = batch_norm(mean, m2, weight, bias, size)
+    def normed(moments, weight, bias):
+        a, z, _ = batch_norm(*moments, weight, bias, size)
         return torch.stack([a.expand_as(z), z])
 
     return normed
@@ -249,7 +249,7 @@ def test_moments_affine(layout, largest, act, with_residual):
         own = [t.detach().to(dtype if t.dim() == 4 else small).requires_grad_() for t in leaves]
         mine = own[2 if with_residual else 1 :]
         y, _ = ops.moments_affine(
-            own[0], excited(49, largest), *mine, descriptors="extrema" if largest else "moments",
+            own[0], excited(49, largest), *mine, descriptor="extrema" if largest else "moments",
             residual=own[1] if with_residual else None, act=act,
         )  # fmt: skip
         assert testing.error(y, want) < within
@@ -291,7 +291,7 @@ def test_gradcheck(name, args):
 def test_gradcheck_of_composites():
     x, residual = maps((2, 2, 3), F64, "contiguous")
     w = [p.detach() for p in parameters(2)]
-    whole = lambda x, r: ops.moments_affine(x, excited(3, True), *w, descriptors="extrema", residual=r, act="silu")[0]
+    whole = lambda x, r: ops.moments_affine(x, excited(3, True), *w, descriptor="extrema", residual=r, act="silu")[0]
     assert torch.autograd.gradcheck(whole, (x, residual), fast_mode=True)
     whole = lambda x: ops.affine_pool_scale(x, norm(3), gate, w[:2], w[2:], act="silu")
     assert torch.autograd.gradcheck(whole, (x,), fast_mode=True)
