@@ -105,3 +105,28 @@ def sigmoid_scale(z: Tensor, trunk: Tensor) -> Tensor:
 def product_merge(x: Tensor, channel: Tensor, spatial: Tensor) -> Tensor:
     """BAM's merge as published code has it (arXiv:1807.06514): both gates expanded, multiplied, through a sigmoid."""
     return x * (1 + torch.sigmoid(channel[..., None, None].expand_as(x) * spatial.expand_as(x)))
+
+
+class Tail(nn.Module):
+    """What ends a bottleneck: BatchNorm, a gate or none, the shortcut, ReLU."""
+
+    def __init__(self, channels: int, gate: nn.Module | None) -> None:
+        super().__init__()
+        self.bn, self.gate, self.act = nn.BatchNorm2d(channels), gate, nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        x = self.bn(x)
+        x = x if self.gate is None else self.gate(x)
+        x += shortcut
+        return self.act(x)  # type: ignore[no-any-return]
+
+
+class Inner(nn.Module):
+    """What stands before the last convolution of an MBConv: BatchNorm, SiLU, a gate."""
+
+    def __init__(self, channels: int, gate: nn.Module) -> None:
+        super().__init__()
+        self.bn, self.gate, self.act = nn.BatchNorm2d(channels), gate, nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(self.act(self.bn(x)))  # type: ignore[no-any-return]

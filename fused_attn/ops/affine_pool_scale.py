@@ -122,7 +122,7 @@ def affine_pool_scale(
     elif centre is not None:
         raise ValueError("centre is the mean where norm gets moments; got a tensor")
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *norm_params, *params))):
-        given = (channel_moments(x),) if moments else ()
+        given = [channel_moments(x)] if moments else []
         both, statistics = excite_.split(norm(*given, *norm_params))
         excite_.complete(both, (2, *x.shape[:2]), "(2, N, C)")
         c = given[0][0] if moments else centre

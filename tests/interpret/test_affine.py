@@ -23,6 +23,8 @@ RUNS = [
     ("channel_moments", F32, "contiguous", dict(x=(1, 1, 4099), extrema=True)),
     ("channel_moments", F64, "contiguous", dict(x=(1, 2, 1400))),
     ("channel_moments", F32, "contiguous", dict(x=(1, 33, 1, 1), extrema=True)),
+    ("batch_affine", F32, "contiguous", dict(moments=(2, 4, 133), weight=(133,), bias=(133,), size=49, eps=1e-5)),
+    ("batch_affine", F64, "contiguous", dict(moments=(2, 3, 5), size=49, eps=0.5)),
     ("affine_apply", BF16, "contiguous", dict(x=(2, 8, 7, 7), residual=(2, 8, 7, 7), centre=(2, 8), act="relu")),
     ("affine_apply", F32, "sliced", dict(x=(2, 4, 7, 7), residual=(2, 4, 7, 7), act="silu")),
     ("affine_apply", F64, "contiguous", dict(x=(2, 3, 11), gate=(2, 3), centre=(2, 3), act="gelu")),
