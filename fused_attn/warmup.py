@@ -33,8 +33,8 @@ def warmup(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanatio
     model run; hooks that wait for accumulated gradients (DistributedDataParallel's, an optimizer's in backward) don't.
     With tqdm installed, a terminal shows how far it is.
 
-    Returns what ran, as `explain` does: the forward without gradients first. Raises what the calls raise, and ValueError
-    for backward of FullyShardedDataParallel, which wouldn't train on.
+    Returns what ran, as `explain` does: the forward without gradients first. Raises what the calls raise, and
+    ValueError for backward of FullyShardedDataParallel, which wouldn't train on.
     """
     passes = [False]
     leaves = pytree.tree_leaves((inputs, kwargs))
