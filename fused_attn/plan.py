@@ -27,6 +27,7 @@ from torch.nn import Parameter
 from torch.nn.modules import module as _torch_module
 from torch.utils.hooks import RemovableHandle
 
+_PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 KEY = "_fused_attn_plan"  # where a module's __dict__ keeps its plan; never pickled, copied or part of the state_dict
 
 # Hooks on every module of the process: they expect to see the children, too.
@@ -81,7 +82,7 @@ class Plan:
         self.forwards: tuple[tuple[type, Any], ...] = ()
         self.methods: tuple[tuple[type, str, Any], ...] = ()
         self.fixed: tuple[tuple[dict[str, Any], str, Any], ...] = ()
-        self.places: tuple[dict[str, Any], ...] = ()
+        self.places: tuple[tuple[dict[str, Any], bool], ...] = ()
         self.handles = RemovableHandle.next_id
         for name, child in named:
             if hasattr(self.cls, name):
@@ -112,19 +113,22 @@ class Plan:
         self.fixed += ((vars(child), name, value),)
         return value
 
-    def weights(self, name: str, child: nn.Module) -> dict[str, Any]:
+    def weights(self, name: str, child: nn.Module, bias: bool = True) -> dict[str, Any]:
         """Where a child keeps `weight` and `bias`: read again on every call, because `.to`, `functional_call` and
-        `load_state_dict(assign=True)` put other tensors there. Raises Refused for a weight that isn't a plain one."""
+        `load_state_dict(assign=True)` put other tensors there. Raises Refused for a weight that isn't a plain one.
+
+        bias: whether there is a place for one, though it be None
+        """
         attributes = vars(child)
         # FSDP's flat parameters and DataParallel's replicas hold weights as plain attributes.
         place: dict[str, Any] = attributes["_parameters"] if "weight" in attributes["_parameters"] else attributes
         weight = place.get("weight")
-        if weight is None or (place is attributes and "bias" not in place):
-            raise Refused(f"{name} keeps no weight where one is expected")
+        if weight is None or (bias and "bias" not in place):
+            raise Refused(f"{name} keeps no {'weight' if weight is None else 'bias'} where one is expected")
         if not usual(weight):
             sharded = ": call fuse_ before the model is sharded" if type(weight).__name__ == "DTensor" else ""
             raise Refused(f"{name}.weight is a {type(weight).__name__}{sharded}")
-        self.places += (place,)
+        self.places += ((place, bias),)
         return place
 
     def intact(self, attributes: dict[str, Any]) -> bool:
@@ -148,8 +152,8 @@ class Plan:
         for cls, name, method in self.methods:
             if getattr(cls, name) is not method:
                 return False
-        for place in self.places:
-            if type(place.get("weight")) not in _PLAIN:
+        for place, bias in self.places:
+            if type(place.get("weight")) not in _PLAIN or (bias and "bias" not in place):
                 return False
         for name, value in self.own:
             if attributes.get(name) != value:
@@ -338,6 +342,8 @@ class Rule:
         """Why modules of class `cls`, this rule's or a subclass, don't run the forward that the rule knows; or None."""
         if any(getattr(cls, name) is not getattr(nn.Module, name) for name in ("__getattr__", "__getattribute__")):
             return f"{cls.__qualname__} looks up attributes by itself"
+        if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _PICKLING):
+            return f"{cls.__qualname__} is copied and pickled in a way of its own"
         for name, known in self.sources.items():
             method: Any = getattr(cls, name, None)
             where = f"{getattr(method, '__module__', '')}.{getattr(method, '__qualname__', '')}"

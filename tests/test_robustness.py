@@ -701,7 +701,7 @@ def test_first_generation_of_fsdp(order: str, original_parameters: bool, one_pro
 
 
 def test_replicas_of_data_parallel() -> None:
-    """What nn.DataParallel makes for each GPU: a copy of each module's __dict__, with weights that are no parameters."""
+    """What nn.DataParallel makes for each GPU: copies of the modules' __dict__, with weights that are no parameters."""
     ours, theirs = pair()
     weights = {id(p): 2 * p.detach() for p in ours.last.parameters()}
     replica = ours.last._replicate_for_data_parallel()

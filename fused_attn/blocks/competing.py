@@ -80,7 +80,7 @@ class Head(Plan):
         if hidden != expected:
             raise Refused(f"{fc1} makes {hidden} channels, and {fc2} takes {expected}")
         self.act, self.slope = activation(plan, act, children[act], activations.ACTS)
-        self.act_place = plan.weights(act, children[act]) if self.act == "prelu" else None
+        self.act_place = plan.weights(act, children[act], False) if self.act == "prelu" else None
         self.norm = norm_of(norm, children[norm]) if norm else None
         self.gate = activation(plan, gate, children[gate], ("sigmoid",))[0] if gate else "identity"
 

@@ -97,8 +97,12 @@ class ExcitePlan(Plan):
             self.gate = gate.name
         else:
             self.gate, _ = activation(self, gate, children[gate], activations.GATES)
-        self.act_place = self.weights(act, children[act]) if isinstance(act, str) and self.act == "prelu" else None
-        self.gate_place = self.weights(gate, children[gate]) if isinstance(gate, str) and self.gate == "prelu" else None
+        self.act_place = (
+            self.weights(act, children[act], False) if isinstance(act, str) and self.act == "prelu" else None
+        )
+        self.gate_place = (
+            self.weights(gate, children[gate], False) if isinstance(gate, str) and self.gate == "prelu" else None
+        )
         self.norm = norm_of(norm, children[norm]) if norm else None
         self.max_weight = 0.5 if maxpool and vars(module)[maxpool] else 0.0
         self.offset = offset
