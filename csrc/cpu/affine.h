@@ -18,11 +18,12 @@ struct Affine {
   A slope = 0;
 };
 
-// What is added at two places of every plane: (2, N, C).
+// What is added at two places of every plane: (2, N, C), the second array `apart` elements behind the first.
 template <class A>
 struct AtPlaces {
+  using I = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
   const A* value;
-  const int64_t* index;
+  const I* place;
   int64_t apart;
 };
 

@@ -5,6 +5,38 @@
 constexpr int64_t kRows = 8;
 #define FA_TILE _Pragma("GCC unroll 8")
 
+// 1/(1 + exp(−v)) to 2 ulp, in float32 and without the cases that exp_of has for inf and NaN: |v| is cut where the
+// sigmoid is 1, and below that, where it is 0, that is put in at the end.
+FA_INLINE VecF sigmoid_fast(VecF v) {
+  const VecF end = set<VecF>(87.0f);
+#if FA_BYTES == 64
+  // The constant comes first: where v is NaN, the second operand is returned.
+  const auto cut = bits<VecF>(_mm512_max_ps(bits<__m512>(-end), _mm512_min_ps(bits<__m512>(end), bits<__m512>(v))));
+#else
+  const VecF cut = select(v > end, end, select(v < -end, -end, v));
+#endif
+  // k = round(−v/ln2), as a number and in the low bits of one that is large enough to have no fraction.
+  const VecF large = set<VecF>(12582912.0f), sum = cut * -1.44269504088896341f + large, k = sum - large;
+  const VecF r = (-cut - k * 0.693359375f) + k * 2.12194440e-4f;
+  VecF p = set<VecF>(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const VecF below = p * bits<VecF>((bits<VecI>(sum) << 23) + 0x3f800000) + 1.0f;
+#if FA_BYTES == 64
+  // A reciprocal of 14 bits and a step of Newton's: a division of 16 numbers takes as long as all of the above.
+  const VecF guess = bits<VecF>(_mm512_rcp14_ps(bits<__m512>(below)));
+  const VecF s = guess * (2.0f - below * guess);
+#else
+  const VecF s = 1.0f / below;
+#endif
+  return select(v < -end, VecF{}, s);
+}
+FA_INLINE VecD sigmoid_fast(VecD v) { return sigmoid_of<VecD>(v); }
+
 // u = act(v), and with `Both` d = act'(v), of n vectors.
 template <class V, bool Both>
 FA_NOINLINE void activations(Act act, int64_t n, const V* v, V* u, V* d, V a) {
@@ -23,9 +55,9 @@ FA_NOINLINE void activations(Act act, int64_t n, const V* v, V* u, V* d, V a) {
       return;
     case Act::silu:
       for (int64_t j = 0; j < n; ++j) {
-        const V s = sigmoid_of<V>(v[j]);
+        const V s = sigmoid_fast(v[j]);
         u[j] = v[j] * s;
-        if constexpr (Both) d[j] = s * (1 + v[j] * (1 - s));
+        if constexpr (Both) d[j] = u[j] * (1 - s) + s;
       }
       return;
     case Act::hardswish:
@@ -148,7 +180,7 @@ struct SumTile {
 
   // The sums of a tile are made on their own, in two halves, and then added: short chains, for digits and for speed.
   template <bool Full>
-  FA_INLINE void take(int64_t i, const Part& part) {
+  FA_NOINLINE void take(int64_t i, const Part& part) {
     V half[2][K] = {};
     if constexpr (F == From::any) {
       V t[kRows], g[kRows], v[kRows], u[kRows], d[kRows];
@@ -410,6 +442,8 @@ struct SpreadTile {
   Act act;
   V slope;
   bool stream;
+  AtPlaces<Acc<T>> places;  // of a pixel: from its sample's first channel on
+  int64_t here;
 
   template <bool Full>
   FA_INLINE V off_centre(int64_t i, int64_t j, const Part& part) const {
@@ -428,7 +462,16 @@ struct SpreadTile {
     V out = level.template at<Full>(i, j, part);
     if constexpr (F != From::nothing) out = scale.template at<Full>(i, j, part) * e + out;
     if (tilt.p) out = tilt.template at<Full>(i, j, part) * t + out;
+    if constexpr (PerElement) {
+      if (places.value) out = out + (at_place(i + j * count_of<V>) + at_place(i + j * count_of<V> + places.apart));
+    }
     return out;
+  }
+  // Both arrays go on for a vector more than there are channels.
+  FA_INLINE V at_place(int64_t i) const {
+    Integer<V> where;
+    std::memcpy(&where, places.place + i, sizeof(where));
+    return select(where == Integer<V>{} + Integer<Acc<T>>(here), get<V>(places.value + i), V{});
   }
   template <bool Full>
   FA_INLINE V plain(int64_t i, int64_t j, const Part& part) const {
@@ -495,12 +538,19 @@ struct SpreadTile {
 };
 
 template <class T, From F, bool PerElement>
-FA_INLINE SpreadTile<T, F, PerElement> spread_tile(const Affine<T>& in, int64_t n, int64_t k, int64_t at, bool stream) {
+FA_INLINE SpreadTile<T, F, PerElement> spread_tile(const Affine<T>& in, const AtPlaces<Acc<T>>& places, int64_t n,
+                                                   int64_t k, int64_t at, bool stream) {
   using V = Vec<Acc<T>>;
   const auto rows = [&](const Map& m) { return PerElement ? rows_of_pixel<T>(m, n, k) : rows_of_plane<T>(m, n, k); };
   const auto of = [&](const Acc<T>* p) { return constant<V, PerElement>(p, at); };
-  return {rows(in.x),    rows(in.dy), rows(in.y),   of(in.scale), of(in.shift),     of(in.centre), of(in.gate),
-          of(in.spread), of(in.tilt), of(in.level), in.act,       set<V>(in.slope), stream};
+  SpreadTile<T, F, PerElement> f;
+  f.x = rows(in.x), f.dy = rows(in.dy), f.dx = rows(in.y);
+  f.scale = of(in.scale), f.shift = of(in.shift), f.centre = of(in.centre), f.gate = of(in.gate);
+  f.spread = of(in.spread), f.tilt = of(in.tilt), f.level = of(in.level);
+  f.act = in.act, f.slope = set<V>(in.slope), f.stream = stream;
+  f.places = places, f.here = k;
+  if (places.value) f.places.value += at, f.places.place += at;
+  return f;
 }
 
 template <class T, From F>
@@ -508,32 +558,25 @@ void spread_runs(const Affine<T>& in, Range runs, const AtPlaces<Acc<T>>& places
   using A = Acc<T>;
   const Map& x = in.x;
   const bool stream = streams<T>(in.y);
-  const auto more = [&](int64_t i, bool both) {
-    return places.value[i] + (both ? places.value[i + places.apart] : A(0));
-  };
   Place at(runs.begin, x.pixels ? x.s : x.c);
   for (int64_t r = runs.begin; r < runs.end; ++r, at.next()) {
     const int64_t n = at.outer, k = at.inner;
     if (x.pixels) {
-      in_tiles<A>(x.c, spread_tile<T, F, true>(in, n, k, n * x.c, stream));
+      in_tiles<A>(x.c, spread_tile<T, F, true>(in, places, n, k, n * x.c, stream));
       continue;
     }
-    const auto f = spread_tile<T, F, false>(in, n, k, r, stream);
+    const auto f = spread_tile<T, F, false>(in, places, n, k, r, stream);
     in_tiles<A>(x.s, f);
     if (!places.value) continue;
-    const int64_t first = places.index[r], second = places.index[r + places.apart];
-    f.add_at(first, more(r, first == second));
-    if (first != second) f.add_at(second, more(r + places.apart, false));
+    const A first = f.places.value[0], second = f.places.value[places.apart];
+    const int64_t at_first = f.places.place[0], at_second = f.places.place[places.apart];
+    if (at_first == at_second) {
+      f.add_at(at_first, first + second);
+    } else {
+      f.add_at(at_first, first);
+      f.add_at(at_second, second);
+    }
   }
-  if (x.pixels && places.value)
-    for (int64_t n = runs.begin / x.s; n * x.s < runs.end; ++n)
-      for (int64_t c = 0; c < x.c; ++c) {
-        const int64_t r = n * x.c + c, first = places.index[r], second = places.index[r + places.apart];
-        const auto here = [&](int64_t s) { return n * x.s + s >= runs.begin && n * x.s + s < runs.end; };
-        if (here(first)) spread_tile<T, F, true>(in, n, first, n * x.c, stream).add_at(c, more(r, first == second));
-        if (first != second && here(second))
-          spread_tile<T, F, true>(in, n, second, n * x.c, stream).add_at(c, more(r + places.apart, false));
-      }
   streamed(stream);
 }
 #undef FA_TILE

@@ -24,6 +24,7 @@ Tensor moments_affine_apply_cpu(const Tensor& x, const OptTensor& dy, const OptT
     STD_TORCH_CHECK(index && index->scalar_type() == ScalarType::Long && index->is_contiguous(), "index");
     check_shape(*dvalues, {2, n, c});
     check_shape(*index, {2, n, c});
+    STD_TORCH_CHECK(maps[0].s <= std::numeric_limits<int32_t>::max(), "plane too large");
     places = static_cast<const int64_t*>(index->data_ptr());
     for (int64_t i = 0; i < 2 * nc; ++i)
       STD_TORCH_CHECK(places[i] >= 0 && places[i] < maps[0].s, "index out of its plane");
@@ -51,7 +52,16 @@ Tensor moments_affine_apply_cpu(const Tensor& x, const OptTensor& dy, const OptT
       }
       in.scale = together.get(), in.level = together.get() + nc;
     }
-    const AtPlaces<A> at{values.get(), places, nc};
+    // Kernels read whole vectors of places and values, so behind the last there is room for one.
+    using I = typename AtPlaces<A>::I;
+    constexpr int64_t behind = 64 / sizeof(A);
+    const auto where = scratch<I>(places ? 2 * nc + behind : 0);
+    const auto value = scratch<A>(places ? 2 * nc + behind : 0);
+    for (int64_t i = 0; places && i < 2 * nc + behind; ++i) {
+      where[i] = i < 2 * nc ? I(places[i]) : I(-1);
+      value[i] = i < 2 * nc ? values.get()[i] : A(0);
+    }
+    const AtPlaces<A> at{places ? value.get() : nullptr, where.get(), nc};
     const int64_t runs = n * (in.x.pixels ? in.x.s : c), length = in.x.pixels ? c : in.x.s;
     parallel_for(0, runs, grain(length), [&](int64_t b, int64_t e) {
       const Range r{b, e};
