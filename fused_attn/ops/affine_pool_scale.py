@@ -107,7 +107,7 @@ def affine_pool_scale(
     norm_params, params = tuple(norm_params), tuple(params)
     if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
-        given: tuple[Tensor, ...] = (channel_moments(x),) if moments else ()
+        given: list[Tensor] = [channel_moments(x)] if moments else []
         (scale, shift), kept = excite_.split(norm(*given, *norm_params))
         u = affine_apply(x, scale, shift, given[0][0] if moments else centre, None, None, act, slope)
         gate = excite_.split(excite(channel_pool(u), *params))[0]
@@ -144,7 +144,7 @@ class _Spanning(torch.autograd.Function):
         ctx: Any, x: Tensor, centre: Tensor | None, norm: Callable[..., Any], excite: Callable[..., Any],
         moments: bool, count: int, act: str, slope: float, *params: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        given: tuple[Tensor, ...] = (channel_moments(x),) if moments else ()
+        given: list[Tensor] = [channel_moments(x)] if moments else []
         c = given[0][0] if moments else centre
         both, statistics = excite_.run(norm, given, params[:count], (2, *x.shape[:2]), "(2, N, C)")
         p = affine_pool(x, both[0], both[1], c, act, slope)
