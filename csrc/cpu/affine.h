@@ -5,6 +5,9 @@
 
 namespace fa {
 
+// What the gradient of an affine map starts from: dy as it is, dy behind a gate and an activation, or no dy at all.
+enum class Given { dy, any, nothing };
+
 // Arrays over (n, c) of the accumulation dtype, all of them there: what a call leaves out is filled with what changes
 // nothing. Only tilt and gate may be missing where a comment says so.
 template <class T>

@@ -433,7 +433,7 @@ void affine_runs(const Affine<T>& in, Range runs) {
 
 // ---- dx = scale·e + tilt·(x − centre) + level
 
-template <class T, From F, bool PerElement>
+template <class T, Given F, bool PerElement>
 struct SpreadTile {
   using V = Vec<Acc<T>>;
   using C = Constant<V, PerElement>;
@@ -454,13 +454,13 @@ struct SpreadTile {
   FA_INLINE V gradient(int64_t i, int64_t j, const Part& part) const {
     V g{};
     if (dy.p) g = taken<Full, V>(dy, i, j, part);
-    if constexpr (F == From::any) g = g * gate.template at<Full>(i, j, part) + spread.template at<Full>(i, j, part);
+    if constexpr (F == Given::any) g = g * gate.template at<Full>(i, j, part) + spread.template at<Full>(i, j, part);
     return g;
   }
   template <bool Full>
   FA_INLINE V finished(int64_t i, int64_t j, const Part& part, V e, V t) const {
     V out = level.template at<Full>(i, j, part);
-    if constexpr (F != From::nothing) out = scale.template at<Full>(i, j, part) * e + out;
+    if constexpr (F != Given::nothing) out = scale.template at<Full>(i, j, part) * e + out;
     if (tilt.p) out = tilt.template at<Full>(i, j, part) * t + out;
     if constexpr (PerElement) {
       if (places.value) out = out + (at_place(i + j * count_of<V>) + at_place(i + j * count_of<V> + places.apart));
@@ -478,7 +478,7 @@ struct SpreadTile {
     V t{};
     if (tilt.p) t = off_centre<Full>(i, j, part);
     V e{};
-    if constexpr (F != From::nothing) e = gradient<Full>(i, j, part);
+    if constexpr (F != Given::nothing) e = gradient<Full>(i, j, part);
     return finished<Full>(i, j, part, e, t);
   }
   template <bool Full>
@@ -493,7 +493,7 @@ struct SpreadTile {
   }
   template <bool Full>
   FA_INLINE void take(int64_t i, const Part& part) const {
-    if constexpr (F != From::any) {
+    if constexpr (F != Given::any) {
       if constexpr (Full) {
         FA_TILE
         for (int64_t j = 0; j < kRows; ++j) given<true>(dx, i, j, part, plain<true>(i, j, part), stream);
@@ -525,7 +525,7 @@ struct SpreadTile {
   FA_INLINE void add_at(int64_t i, Acc<T> more) const {
     const Part one{1, 0, 1};
     V v;
-    if constexpr (F == From::any) {
+    if constexpr (F == Given::any) {
       V t, at, u, d;
       placed<false>(i, 0, one, t, at);
       activations<V, true>(act, 1, &at, &u, &d, slope);
@@ -537,7 +537,7 @@ struct SpreadTile {
   }
 };
 
-template <class T, From F, bool PerElement>
+template <class T, Given F, bool PerElement>
 FA_INLINE SpreadTile<T, F, PerElement> spread_tile(const Affine<T>& in, const AtPlaces<Acc<T>>& places, int64_t n,
                                                    int64_t k, int64_t at, bool stream) {
   using V = Vec<Acc<T>>;
@@ -553,7 +553,7 @@ FA_INLINE SpreadTile<T, F, PerElement> spread_tile(const Affine<T>& in, const At
   return f;
 }
 
-template <class T, From F>
+template <class T, Given F>
 void spread_runs(const Affine<T>& in, Range runs, const AtPlaces<Acc<T>>& places) {
   using A = Acc<T>;
   const Map& x = in.x;

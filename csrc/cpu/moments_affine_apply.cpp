@@ -66,11 +66,11 @@ Tensor moments_affine_apply_cpu(const Tensor& x, const OptTensor& dy, const OptT
     parallel_for(0, runs, grain(length), [&](int64_t b, int64_t e) {
       const Range r{b, e};
       if (curved)
-        FA_CALL(spread_runs, (T, From::any), in, r, at);
+        FA_CALL(spread_runs, (T, Given::any), in, r, at);
       else if (dy)
-        FA_CALL(spread_runs, (T, From::dy), in, r, at);
+        FA_CALL(spread_runs, (T, Given::dy), in, r, at);
       else
-        FA_CALL(spread_runs, (T, From::nothing), in, r, at);
+        FA_CALL(spread_runs, (T, Given::nothing), in, r, at);
     });
   });
   return dx;
