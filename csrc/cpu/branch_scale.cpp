@@ -32,8 +32,8 @@ struct Step {
   int64_t first, count;  // branches
   int64_t slot;          // of the merged map, or −1 for all of it
 };
-static std::vector<Step> steps_of(Merge merge, int64_t count) {
-  if (merge == Merge::sum) return {{0, count, -1}};
+static std::vector<Step> steps_of(BranchMerge merge, int64_t count) {
+  if (merge == BranchMerge::sum) return {{0, count, -1}};
   std::vector<Step> steps;
   for (int64_t b = 0; b < count; ++b) steps.push_back({b, 1, slot_of(merge, b, count)});
   return steps;
@@ -99,9 +99,9 @@ static int64_t check_branches(const Tensor& x, const Tensor& gate, int64_t tenso
   check_shape(gate, {x.size(0), count, tensors == 1 ? x.size(1) / count : x.size(1)});
   return count;
 }
-static void check_merged(const Tensor& x, const Tensor& gate, const Tensor& dy, Merge merge) {
+static void check_merged(const Tensor& x, const Tensor& gate, const Tensor& dy, BranchMerge merge) {
   STD_TORCH_CHECK(dy.is_cpu() && dy.scalar_type() == x.scalar_type() && dy.dim() == x.dim(), "dy");
-  const int64_t c = merge == Merge::sum ? gate.size(2) : gate.size(1) * gate.size(2);
+  const int64_t c = merge == BranchMerge::sum ? gate.size(2) : gate.size(1) * gate.size(2);
   for (int64_t d = 0; d < x.dim(); ++d) STD_TORCH_CHECK(dy.size(d) == (d == 1 ? c : x.size(d)), "shape of dy");
 }
 
@@ -121,8 +121,8 @@ Tensor branch_scale_cpu(const Tensor& x, const Tensor& gate, const OptTensor& x1
                         const OptTensor& x7, const std::string& merge_name) {
   const int64_t tensors = count_tensors(x, {&x1, &x2, &x3, &x4, &x5, &x6, &x7});
   const int64_t count = check_branches(x, gate, tensors), c = gate.size(2);
-  const Merge merge = merge_of(merge_name);
-  Tensor y = beside(x, merge == Merge::sum ? c : count * c);
+  const BranchMerge merge = branch_merge_of(merge_name);
+  Tensor y = beside(x, merge == BranchMerge::sum ? c : count * c);
   auto maps =
       maps_of({&x, pointer(x1), pointer(x2), pointer(x3), pointer(x4), pointer(x5), pointer(x6), pointer(x7), &y});
   by_dtype(x.scalar_type(), [&](auto tag) {
@@ -144,7 +144,7 @@ Nine branch_scale_bwd_cpu(const Tensor& x, const Tensor& gate, const Tensor& dy,
                           const OptTensor& x6, const OptTensor& x7, const std::string& merge_name) {
   const int64_t tensors = count_tensors(x, {&x1, &x2, &x3, &x4, &x5, &x6, &x7});
   const int64_t count = check_branches(x, gate, tensors), c = gate.size(2);
-  const Merge merge = merge_of(merge_name);
+  const BranchMerge merge = branch_merge_of(merge_name);
   check_merged(x, gate, dy, merge);
   std::vector<Tensor> d = gradients(x, tensors);
   const auto at = [&](int64_t t) { return t < tensors ? &d[t] : nullptr; };
@@ -171,7 +171,7 @@ Tensor branch_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& 
                                const OptTensor& x6, const OptTensor& x7, const std::string& merge_name) {
   const int64_t tensors = count_tensors(x, {&x1, &x2, &x3, &x4, &x5, &x6, &x7});
   const int64_t count = check_branches(x, gate, tensors), c = gate.size(2);
-  const Merge merge = merge_of(merge_name);
+  const BranchMerge merge = branch_merge_of(merge_name);
   check_merged(x, gate, dy, merge);
   const auto maps =
       maps_of({&x, pointer(x1), pointer(x2), pointer(x3), pointer(x4), pointer(x5), pointer(x6), pointer(x7), &dy});
@@ -196,7 +196,7 @@ Eight branch_scale_apply_cpu(const Tensor& x, const Tensor& dy, const Tensor& ga
   const int64_t count = gate.size(1), c = gate.size(2);
   const int64_t tensors = x.size(1) == c * count ? 1 : count;
   check_shape(gate, {x.size(0), count, tensors == 1 ? x.size(1) / count : x.size(1)});
-  const Merge merge = merge_of(merge_name);
+  const BranchMerge merge = branch_merge_of(merge_name);
   check_merged(x, gate, dy, merge);
   const bool each = dpooled.dim() == 3;
   if (each)

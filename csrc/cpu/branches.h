@@ -13,15 +13,16 @@ struct Branches {
   int64_t count = 0;
 };
 
-enum class Merge { sum, concat, concat_reversed };
-inline Merge merge_of(const std::string& name) {
-  if (name == "sum") return Merge::sum;
-  if (name == "concat") return Merge::concat;
+// Not called as dual.h's are: two inline functions of one name become one when they are linked.
+enum class BranchMerge { sum, concat, concat_reversed };
+inline BranchMerge branch_merge_of(const std::string& name) {
+  if (name == "sum") return BranchMerge::sum;
+  if (name == "concat") return BranchMerge::concat;
   STD_TORCH_CHECK(name == "concat_reversed", "unknown merge ", name);
-  return Merge::concat_reversed;
+  return BranchMerge::concat_reversed;
 }
-inline int64_t slot_of(Merge merge, int64_t b, int64_t count) {
-  return merge == Merge::concat_reversed ? count - 1 - b : b;
+inline int64_t slot_of(BranchMerge merge, int64_t b, int64_t count) {
+  return merge == BranchMerge::concat_reversed ? count - 1 - b : b;
 }
 
 // Channels [first, first + c) of a map.

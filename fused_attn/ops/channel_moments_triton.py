@@ -76,6 +76,8 @@ def _channel_moments_kernel(
             place = col - head if PLANES else a
             high, most = _larger(x, place, inside, high, most)
             low, least = _larger(-x, place, inside, low, least)
+    if BIG:
+        first, last = tl.cast(first, tl.int64), tl.cast(last, tl.int64)
     if PLANES:
         a, col, head = affine_kernels.place(block, first, A, B, PLANES, ROWS, COLS, V, BIG)
         size = tl.minimum(tl.maximum(last * COLS - head, 0), B) - tl.minimum(tl.maximum(first * COLS - head, 0), B)
