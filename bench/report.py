@@ -71,7 +71,10 @@ def support(root: Path = ROOT) -> str:
     parts.append(_markdown(["module", "paper", "`fuse_` converts"], rows))
     tails = [f"`{rule.path}`" for rule in RULES.values() if rule.tail is not None]
     if tails:
-        parts.append(f"The residual add and the activation that follow a gate are fused into it in {', '.join(tails)}.")
+        parts.append(
+            "What stands around a gate (a BatchNorm before it, the residual add and the activation behind it) is fused with "
+            f"it in {', '.join(tails)}."
+        )
     return "\n\n".join(parts)
 
 

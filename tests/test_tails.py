@@ -152,7 +152,7 @@ def test_hooks_on_swallowed_children(name):
         plain(feature_map())
         called = []
         for which, m in enumerate((module, plain)):
-            m.get_submodule(path).register_forward_hook(lambda *_, which=which: called.append(which))
+            m.get_submodule(path).register_forward_hook(lambda *_, seen=called, which=which: seen.append(which))
         got, want = module(feature_map()), plain(feature_map())
         assert called.count(0) == called.count(1), path
         assert relative(got, want) < 1e-6, path
@@ -212,7 +212,7 @@ def _together(rank, folder):
         (y * y).sum().backward()
         for p in module.parameters():
             torch.distributed.all_reduce(p.grad)
-        kept = {n: b for n, b in module.named_buffers()}
+        kept = dict(module.named_buffers())
         torch.save((y.detach(), mine.grad, {n: p.grad for n, p in module.named_parameters()}, kept), f"{folder}/{rank}")
     finally:
         torch.distributed.destroy_process_group()
