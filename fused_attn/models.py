@@ -39,6 +39,7 @@ from .blocks import (
     ShuffleAttention,
     SpatialGroupEnhance,
 )
+from .blocks.chain import joined
 from .blocks.residual_attention import AttentionMask, PreActivationUnit
 
 __all__ = [
@@ -111,7 +112,6 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width) if network.norm else None
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride != 1 or inplanes != out:
             self.downsample = nn.Sequential(nn.Conv2d(inplanes, out, 1, stride, bias=False), nn.BatchNorm2d(out))
@@ -122,17 +122,11 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inplanes, H, W) to (N, 4·planes, H/stride, W/stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.conv2(x)
+        x = self.conv2(joined(self.bn1, None, self.conv1(x)))
         if self.bn2 is not None:
-            x = self.relu(self.bn2(x))
-        x = self.bn3(self.conv3(x))
-        y: Tensor
-        if self.gate is not None:
-            y = self.get_submodule(self.gate)(x, shortcut, "relu")
-        else:
-            y = self.relu(x + shortcut)
-        return y
+            x = joined(self.bn2, None, x)
+        gate = None if self.gate is None else self.get_submodule(self.gate)
+        return joined(self.bn3, gate, self.conv3(x), shortcut)
 
 
 class ShrinkageBlock(nn.Module):
@@ -155,7 +149,6 @@ class ShrinkageBlock(nn.Module):
         self.conv1 = conv(inplanes, planes, 3, stride, 1)
         self.bn2 = norm(planes)
         self.conv2 = conv(planes, planes, 3, 1, 1)
-        self.relu = nn.ReLU(inplace=True)
         self.shrinkage = network.make(planes, 1, **options)
         self.stride, more = stride, planes - inplanes
         self.pad = (0, 0) * dims + (more // 2, more - more // 2)
@@ -168,8 +161,8 @@ class ShrinkageBlock(nn.Module):
             shortcut = shortcut[every]
         if any(self.pad):
             shortcut = F.pad(shortcut, self.pad)
-        x = self.conv1(self.relu(self.bn1(x)))
-        x = self.conv2(self.relu(self.bn2(x)))
+        x = self.conv1(joined(self.bn1, None, x))
+        x = self.conv2(joined(self.bn2, None, x))
         y: Tensor = self.shrinkage(x, shortcut)
         return y
 

@@ -370,6 +370,24 @@ def forward(self: Any, x: Tensor) -> Tensor:
     return x if tail.after is None else tail.after(self, x, given)
 
 
+def joined(
+    norm: nn.Module, gate: nn.Module | None, x: Tensor, shortcut: Tensor | None = None, act: str = "relu"
+) -> Tensor:
+    """act(gate(norm(x)) + shortcut) for the library's own networks: as one where that can be, else one by one.
+
+    gate: one of the library's modules, or None
+    """
+    view = normed.read(norm) if tampered(norm) is None else None
+    plan = None if gate is None or tampered(gate) is not None else ready(gate)
+    means = None if plan is None or not plan.fits_tail else plan.means()
+    if view is not None and (gate is None or means is not None) and _alone(x) and x.shape[0] > 0:
+        return normed.run(view, means, x, shortcut, act)
+    x = norm(x)
+    if gate is not None:
+        return gate(x, shortcut, act)  # type: ignore[no-any-return]
+    return activations.apply(act, x if shortcut is None else x + shortcut)
+
+
 def tail_rule(where: str, sources: tuple[str, ...], tail: Tail) -> Rule:
     """The rule for a parent: path of its class, fingerprints of its forward, and what that does."""
     return Rule(where, forward, lambda module: TailPlan(module, tail), {"forward": sources}, tail)
