@@ -384,7 +384,7 @@ def joined(
         return normed.run(view, means, x, shortcut, act)
     x = norm(x)
     if gate is not None:
-        return gate(x, shortcut, act)  # type: ignore[no-any-return]
+        return gate(x, shortcut, act)
     return activations.apply(act, x if shortcut is None else x + shortcut)
 
 
