@@ -155,7 +155,8 @@ def counted(library, requests):
 
 def _serve(library, requests):
     """Each request names an op, the number of a case or arguments, a dtype, the layouts of inputs and gradient; with
-    `around`, `branch_softmax` is called on the branches of `branch_scale`, pooled each or their sum.
+    `around`, `branch_softmax` is called on the branches of `branch_scale`, pooled each or their sum; with `tail`, what
+    owns a normalisation and the gate behind it, on the arguments of `affine_apply`.
 
     Answers, for each, in passes: "inference", "forward", "backward" end to end, and "launches" as
     [op, reads, writes, budget]; "aten" lists what ran around the kernels.
@@ -184,7 +185,11 @@ def _serve(library, requests):
     answers = []
     for request in requests:
         op = fused_attn.OPS[request["op"]]
-        call = _around_branches(request["around"]) if "around" in request else op
+        call = (
+            _around_branches(request["around"]) if "around" in request
+            else _tail(request["tail"]) if "tail" in request
+            else op
+        )  # fmt: skip
         described = op.cases[request["case"]] if "case" in request else case(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in request["args"].items()}
         )  # fmt: skip
@@ -228,6 +233,30 @@ def _around_branches(each):
         splits = gate.shape[1] if len(maps) == 1 else 1
         excite = (lambda p: p) if each else lambda p: p.repeat(1, gate.shape[1])
         return ops.branch_softmax(*maps, excite=excite, splits=splits, each=each, merge=merge)
+
+    return call
+
+
+def _tail(what):
+    """`moments_affine` or `affine_pool_scale` in the place of `affine_apply`, with norms and gates of no size that use
+    all they get."""
+    from fused_attn import ops
+
+    def norm(mean, m2, scale, shift):
+        return torch.stack([scale * (1 + m2).rsqrt(), shift + mean])
+
+    def extreme(mean, m2, largest, smallest, scale, shift):
+        return torch.stack([scale * (1 + m2).rsqrt(), shift + largest * smallest])
+
+    def call(x, scale, shift, centre, residual, gate, act, slope):
+        if what == "moments_affine":
+            return ops.moments_affine(x, norm, scale, shift, residual=residual, act=act)
+        if what == "moments_affine, extrema":
+            return ops.moments_affine(x, extreme, scale, shift, descriptors="extrema", residual=residual, act=act)
+        if what == "affine_pool_scale":
+            return ops.affine_pool_scale(x, norm, torch.sigmoid, [scale, shift], act=act)
+        kept = lambda *both: torch.stack(both)
+        return ops.affine_pool_scale(x, kept, torch.sigmoid, [scale, shift], moments=False, act=act)
 
     return call
 

@@ -36,6 +36,19 @@ PLANEWISE = {
     "eca": ("pool_conv_scale", ECA, (2, 1), 7),
     "eca, residual, relu": ("pool_conv_scale", dict(ECA, residual=SE["x"], epilogue="relu"), (3, 1), 10),
 }
+AFFINE = dict(x=[4, 64, 28, 28], scale=[4, 64], shift=[4, 64])
+ADDED = dict(AFFINE, residual=[4, 64, 28, 28])
+# (what is called, arguments, reads and writes forward, and backward)
+TAILS = {
+    "norm, gate, residual, relu": ("moments_affine", dict(ADDED, act="relu"), (3, 1), (5, 2)),
+    "norm, gate, residual, silu": ("moments_affine", dict(ADDED, act="silu"), (3, 1), (5, 2)),
+    "norm, gate, residual": ("moments_affine", ADDED, (3, 1), (4, 1)),
+    "norm, gate, relu": ("moments_affine", dict(AFFINE, act="relu"), (2, 1), (4, 1)),
+    "norm, gate of extrema": ("moments_affine, extrema", AFFINE, (2, 1), (4, 1)),
+    "norm, silu, gate": ("affine_pool_scale", dict(AFFINE, act="silu"), (3, 1), (4, 1)),
+    "kept norm, silu, gate": ("affine_pool_scale, kept", dict(AFFINE, act="silu"), (2, 1), (4, 1)),
+    "kept norm, relu, gate": ("affine_pool_scale, kept", dict(AFFINE, act="relu"), (2, 1), (4, 1)),
+}
 LAYOUTS = ("contiguous", "channels_last")
 SLACK = 0.05  # the first maximum of a plane is read again where it lies: one element of 35 in the smallest case
 
@@ -64,6 +77,11 @@ REQUESTS = [
     dict(op=op, args=args, layout=layout, total=total, forward=forward)
     for op, args, forward, total in PLANEWISE.values()
     for layout in LAYOUTS
+] + [
+    dict(op="affine_apply", tail=tail, args=args, layout=layout, dtype=dtype)
+    for tail, args, *_ in TAILS.values()
+    for layout in LAYOUTS
+    for dtype in ("float32", "bfloat16")
 ]  # fmt: skip
 
 
@@ -152,6 +170,21 @@ def test_totals_of_whole_planes(answers, what, layout):
         assert passes.writes <= writes + SLACK, f"{mode}: {passes}"
     forward, backward = Passes(**answer["forward"]), Passes(**answer["backward"])
     assert forward.total + backward.total <= total + SLACK, f"{forward} and {backward}; ATen: {answer['aten']}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", TAILS)
+def test_tails_end_to_end(answers, what, layout, dtype):
+    """What owns a normalisation and the gate behind it moves what the normalisation alone would, and no less."""
+    tail, args, *promised = TAILS[what]
+    request = dict(op="affine_apply", tail=tail, args=args, layout=layout, dtype=dtype)
+    answer = next(a for r, a in answers if r == request)
+    for mode, (reads, writes) in zip(("forward", "backward"), promised, strict=True):
+        passes = Passes(**answer[mode])
+        assert passes.reads == pytest.approx(reads, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+        assert passes.writes == pytest.approx(writes, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+    assert answer["inference"] == answer["forward"]
 
 
 def test_a_strided_gradient_costs_one_copy(library):

@@ -39,7 +39,7 @@ FA_INLINE VecD sigmoid_fast(VecD v) { return sigmoid_of<VecD>(v); }
 
 // u = act(v), and with `Both` d = act'(v), of n vectors.
 template <class V, bool Both>
-FA_NOINLINE void activations(Act act, int64_t n, const V* v, V* u, V* d, V a) {
+FA_NOINLINE void activations(Act act, int64_t n, V* v, V* u, V* d, V a) {
   switch (act) {
     case Act::identity:
       for (int64_t j = 0; j < n; ++j) {
@@ -442,7 +442,7 @@ struct SpreadTile {
   Act act;
   V slope;
   bool stream;
-  AtPlaces<Acc<T>> places;  // of a pixel: from its sample's first channel on
+  AtPlaces<Acc<T>> places;  // from the plane's on, or from its sample's first channel's
   int64_t here;
 
   template <bool Full>
@@ -462,16 +462,20 @@ struct SpreadTile {
     V out = level.template at<Full>(i, j, part);
     if constexpr (F != Given::nothing) out = scale.template at<Full>(i, j, part) * e + out;
     if (tilt.p) out = tilt.template at<Full>(i, j, part) * t + out;
-    if constexpr (PerElement) {
-      if (places.value) out = out + (at_place(i + j * count_of<V>) + at_place(i + j * count_of<V> + places.apart));
-    }
+    if (places.value) out = out + (at_place(i + j * count_of<V>, 0) + at_place(i + j * count_of<V>, places.apart));
     return out;
   }
-  // Both arrays go on for a vector more than there are channels.
-  FA_INLINE V at_place(int64_t i) const {
-    Integer<V> where;
-    std::memcpy(&where, places.place + i, sizeof(where));
-    return select(where == Integer<V>{} + Integer<Acc<T>>(here), get<V>(places.value + i), V{});
+  // What is added from element i on. Of a pixel, the arrays go on for a vector more than there are channels.
+  FA_INLINE V at_place(int64_t i, int64_t second) const {
+    using I = Integer<Acc<T>>;
+    if constexpr (PerElement) {
+      Integer<V> place;
+      std::memcpy(&place, places.place + second + i, sizeof(place));
+      return select(place == Integer<V>{} + I(here), get<V>(places.value + second + i), V{});
+    } else {
+      const Integer<V> position = to_integer(lanes_from_zero<V>()) + I(i);
+      return select(position == Integer<V>{} + places.place[second], set<V>(places.value[second]), V{});
+    }
   }
   template <bool Full>
   FA_INLINE V plain(int64_t i, int64_t j, const Part& part) const {
@@ -521,20 +525,6 @@ struct SpreadTile {
       }
     }
   }
-  // Element i once more, with `more` added before it is rounded.
-  FA_INLINE void add_at(int64_t i, Acc<T> more) const {
-    const Part one{1, 0, 1};
-    V v;
-    if constexpr (F == Given::any) {
-      V t, at, u, d;
-      placed<false>(i, 0, one, t, at);
-      activations<V, true>(act, 1, &at, &u, &d, slope);
-      v = behind<false>(i, 0, one, t, d);
-    } else {
-      v = plain<false>(i, 0, one);
-    }
-    store_first<V>(dx.at(i, 0), 1, v + more);
-  }
 };
 
 template <class T, Given F, bool PerElement>
@@ -563,18 +553,8 @@ void spread_runs(const Affine<T>& in, Range runs, const AtPlaces<Acc<T>>& places
     const int64_t n = at.outer, k = at.inner;
     if (x.pixels) {
       in_tiles<A>(x.c, spread_tile<T, F, true>(in, places, n, k, n * x.c, stream));
-      continue;
-    }
-    const auto f = spread_tile<T, F, false>(in, places, n, k, r, stream);
-    in_tiles<A>(x.s, f);
-    if (!places.value) continue;
-    const A first = f.places.value[0], second = f.places.value[places.apart];
-    const int64_t at_first = f.places.place[0], at_second = f.places.place[places.apart];
-    if (at_first == at_second) {
-      f.add_at(at_first, first + second);
     } else {
-      f.add_at(at_first, first);
-      f.add_at(at_second, second);
+      in_tiles<A>(x.s, spread_tile<T, F, false>(in, places, n, k, r, stream));
     }
   }
   streamed(stream);

@@ -185,7 +185,7 @@ def run(
     excite, tensors = gate if gate is not None else (None, ())
     maps = _Map(norm, x, excite)
     if not maps.batch and excite is None:  # nothing of x is pooled
-        scale, shift = maps.inside(*maps.tensors).contiguous()
+        scale, shift = maps.inside(*maps.tensors)
         centre = _centre(norm, x)
         return affine_apply(x, scale, shift, centre, residual, None, act, slope)
     what = "moments" if maps.batch else "mean"
@@ -209,7 +209,7 @@ def run_inside(norm: Norm, gate: Gate, x: Tensor, act: str, slope: float = 0.01)
 def _centre(norm: Norm, x: Tensor) -> Tensor:
     """The running mean for every sample (N, C)."""
     mean: Tensor = norm.its["_buffers"]["running_mean"]
-    return mean.to(accumulator(x.dtype)).expand(x.shape[:2]).contiguous()
+    return mean.to(accumulator(x.dtype)).expand(x.shape[:2])
 
 
 def _kept(norm: Norm, maps: _Map, out: Any) -> Tensor:
