@@ -43,8 +43,8 @@ def _check_pool(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor | None, 
 def affine_pool(
     x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor | None = None, act: str = "identity", slope: float = 0.01
 ) -> Tensor:
-    """Means of act(scale·(x − centre) + shift) over the spatial dimensions, in one read of x. It has no gradient of its
-    own: `affine_pool_scale` has.
+    """Part of `affine_pool_scale`, which has its gradient: means of act(scale·(x − centre) + shift) over the spatial
+    dimensions, in one read of x.
 
     x: (N, C, *S) feature map; scale, shift, centre, act, slope: as in `affine_apply`
 

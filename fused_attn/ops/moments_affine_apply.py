@@ -55,7 +55,7 @@ def moments_affine_apply(
     gate: Tensor | None, spread: Tensor | None, tilt: Tensor | None, level: Tensor | None, dvalues: Tensor | None,
     index: Tensor | None, act: str, slope: float,
 ) -> Tensor:  # fmt: skip
-    """dx of the equations above, in x's dtype and layout, in one pass.
+    """Last half of the backward: dx of the equations above, in x's dtype and layout, in one pass.
 
     gate: None: 1; spread, tilt, level: (N, C), None: 0; dvalues, index: (2, N, C) what is added at two places of every
         plane, or None
