@@ -202,7 +202,7 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
         if isinstance(module, Planned) or rule is None or rule.tail is None:
             continue
         inside = rule.tail.gates(module)
-        last = vars(module)["_modules"].get(rule.tail.gate)
+        last = rule.tail.last(module)
         if (last is None or id(last) in gates) and selected(module, name):
             reason = refusal(module, rule)
             if not inside and reason is not None:  # there is no gate here, and nothing was asked of it

@@ -205,6 +205,8 @@ def author(cls: type[nn.Module]) -> type[nn.Module]:
 
 def own_forward(cls: type[nn.Module]) -> bool:
     """Whether the forward that a class has or inherits is the one in the source of a class, not put there later."""
+    if cls.forward is nn.Module.forward:  # a container, which isn't called
+        return True
     base = next(base for base in cls.__mro__ if "forward" in vars(base))
     method = vars(base)["forward"]
     where = f"{getattr(method, '__module__', '')}.{getattr(method, '__qualname__', '')}"

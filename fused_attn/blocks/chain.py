@@ -116,9 +116,14 @@ class Tail:
             return []
         return [leaf for name in self.before for leaf in inside(name, children.get(name))]
 
+    def last(self, module: nn.Module) -> nn.Module | None:
+        """The gate at the end; None where there is none, or a layer that does nothing stands for it."""
+        child: nn.Module | None = vars(module)["_modules"].get(self.gate)
+        return None if path(type(child)) == IDLE else child
+
     def gates(self, module: nn.Module) -> list[nn.Module]:
         """The gates of a parent: at the end, and among its layers."""
-        last = vars(module)["_modules"].get(self.gate)
+        last = self.last(module)
         found = [leaf.module for leaf in self.leaves(module) if by_plan(leaf.module)]
         return found if last is None else [*found, last]
 
@@ -152,7 +157,7 @@ class TailPlan(Plan):
         self.skips = tail.skips(module)
         if not all(vars(module)[name] for name in tail.needs):
             raise Refused(f"{tail.gate} isn't called")
-        gate = children.get(tail.gate)
+        gate = tail.last(module)
         self.gated = gate is not None
         if gate is not None and type(gate).__call__ is not nn.Module.__call__:
             raise Refused(f"{tail.gate} is a {path(type(gate))}, which has a __call__ of its own")

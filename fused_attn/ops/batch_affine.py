@@ -75,6 +75,7 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
         case(moments=(2, 4, 33), weight=(33,), bias=(33,), size=196, eps=1e-5),
         case(moments=(2, 3, 17), size=13, eps=0.5),
         case(moments=(2, 1, 5), weight=(5,), size=49, eps=1.0),
+        case(moments=(2, 0, 4), weight=(4,), bias=(4,), size=4, eps=1e-5),
         case(moments=(2, 130, 8), weight=(8,), bias=(8,), size=1, eps=1e-5),
     ],
 )
@@ -85,7 +86,8 @@ def batch_affine(
 
     moments: (2, N, C) mean and squared deviations of every plane, as `channel_moments` returns them
     weight, bias: (C,) γ and β; None: 1 and 0
-    size: S, how many values a plane has; eps: added to the variance
+    size: S, how many values a plane has
+    eps: added to the variance
 
     Returns both (2, N, C): scale and shift; statistics (2, C): mean and biased variance of the batch, which have no
         gradient. Float32 for half-precision moments, else their dtype.

@@ -111,7 +111,8 @@ def batch_affine_bwd(
     _, n, c = moments.shape
     dmoments, dnorm = torch.empty_like(moments), moments.new_empty((2, c))
     if not n:
-        return dmoments.to(dtype), dnorm.zero_()
+        dnorm[0], dnorm[1] = float("nan"), 0.0
+        return dmoments.to(dtype), dnorm
     tile.launch(
         _batch_affine_bwd_kernel, (triton.cdiv(c, BLOCK),), moments, moments, dboth, statistics.contiguous(),
         affine_kernels.dense(weight), dmoments, dnorm, n, c, size, EPS=eps, BLOCK=BLOCK, num_warps=4,
