@@ -217,9 +217,16 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
 def _row(name: str, module: nn.Module, rule: Rule, cls: str, reason: str | None) -> Row:
     if rule.tail is None:
         return Row(name, cls, "gate", reason)
-    plan = vars(module).get(KEY) or (rule.plan(module) if reason is None else None)
     kind = "tail" if rule.tail.gates(module) else "plain"
-    return Row(name, cls, kind, reason, "gate + add + act" if plan is None else plan.covers())
+    plan = None if reason is not None else _plan_of(module)
+    return Row(name, cls, kind, reason, "gate + add + act" if plan is None else plan.covers(_plan_of))
+
+
+def _plan_of(module: nn.Module) -> Plan | None:
+    """The plan that a module runs by, or would."""
+    rule = known(module)
+    found = vars(module).get(KEY) or (None if rule is None else read(module, rule))
+    return found if isinstance(found, Plan) else None
 
 
 def recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]:

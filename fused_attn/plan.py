@@ -172,8 +172,8 @@ class Plan:
         depends on more."""
         return None
 
-    def covers(self) -> str:
-        """What it computes at once, in words."""
+    def covers(self, plan_of: Callable[[nn.Module], "Plan | None"]) -> str:
+        """What it computes at once, in words. plan_of: the plan of a gate inside it."""
         return "gate"
 
 

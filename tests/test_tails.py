@@ -15,6 +15,11 @@ from fused_attn.blocks import normed
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
+pytest.importorskip("pytorchcv")
+
+from pytorchcv.models.cbamresnet import CbamResUnit  # noqa: E402
+from pytorchcv.models.resnet import ResUnit  # noqa: E402
+from pytorchcv.models.seresnet import SEResUnit  # noqa: E402
 from timm.layers import BatchNormAct2d  # noqa: E402
 from timm.models import _efficientnet_blocks as mb  # noqa: E402
 from timm.models import byobnet, regnet, resnet  # noqa: E402
@@ -49,8 +54,12 @@ BLOCKS = {
         lambda: resnet.Bottleneck(C, C // 4, attn_layer="eca"), "norm + act, norm + gate + add + act",
     ),
     "resnet.Bottleneck cbam": (
-        lambda: resnet.Bottleneck(C, C // 4, attn_layer="cbam"), "norm + act, norm + gate + add + act",
+        lambda: resnet.Bottleneck(C, C // 4, attn_layer="cbam"), "norm + act, gate + add + act",
     ),
+    "pytorchcv SEResUnit": (lambda: SEResUnit(C, C, 1, True, False), "norm + act, norm + gate + add + act"),
+    "pytorchcv SEResUnit basic": (lambda: SEResUnit(C, C, 1, False, False), "norm + act, norm + gate + add + act"),
+    "pytorchcv ResUnit": (lambda: ResUnit(C, C, bottleneck=True), "norm + act, norm + add + act"),
+    "pytorchcv CbamResUnit": (lambda: CbamResUnit(C, C, 1, True), "norm + act, gate + add + act"),
     "torchvision BasicBlock": (lambda: BasicBlock(C, C), "norm + act, norm + add + act"),
     "torchvision Bottleneck": (lambda: Bottleneck(C, C // 4), "norm + act, norm + add + act"),
     "InvertedResidual": (

@@ -33,7 +33,20 @@ _SEQUENTIAL = (
     "torchvision.ops.misc.Conv2dNormActivation",
     "torchvision.models.regnet.BottleneckTransform",
 )
-_CONV_NORM = {"timm.layers.conv_bn_act.ConvNormAct": ("edd86b823f1f", ("conv", "bn", "aa"))}
+_CV = "pytorchcv.models."
+# Other containers: the fingerprint of forward, and the children that it calls in order, each with the attribute that
+# must be true for that.
+_CONTAINERS: dict[str, tuple[str, tuple[tuple[str, str | None], ...]]] = {
+    "timm.layers.conv_bn_act.ConvNormAct": ("edd86b823f1f", (("conv", None), ("bn", None), ("aa", None))),
+    f"{_CV}common.conv.ConvBlock": (
+        "234ab5542f9c", (("pad", "use_pad"), ("conv", None), ("bn", "normalize"), ("activ", "activate")),
+    ),
+    f"{_CV}resnet.ResBlock": ("c9baabe17f74", (("conv1", None), ("conv2", None))),
+    **{
+        f"{_CV}{where}": ("acfc8acf1ed9", (("conv1", None), ("conv2", None), ("conv3", None)))
+        for where in ("resnet.ResBottleneck", "resnext.ResNeXtBottleneck", "senet.SENetBottleneck")
+    },
+}  # fmt: skip
 _NORM_ACT = {normed.WITH_ACT: "34994d9669ff"}
 
 Branch = Callable[[Any, Tensor], tuple[Any, "Tensor | None"]]
@@ -75,8 +88,8 @@ def inside(name: str, child: nn.Module | None) -> Iterator[Leaf]:
     parts: tuple[str, ...] | None = None
     if where in _SEQUENTIAL and type(child).forward is nn.Sequential.forward:
         parts = tuple(children)
-    elif where in _CONV_NORM and fingerprint(type(child).forward) == _CONV_NORM[where][0]:
-        parts = _CONV_NORM[where][1]
+    elif where in _CONTAINERS and fingerprint(type(child).forward) == _CONTAINERS[where][0]:
+        parts = tuple(part for part, flag in _CONTAINERS[where][1] if flag is None or vars(child).get(flag))
     if parts is None or tampered(child) is not None or by_plan(child):
         yield Leaf(name, child)
         return
@@ -147,7 +160,7 @@ class TailPlan(Plan):
     gated: whether there is such a gate
     """
 
-    __slots__ = ("drop_path", "epilogue", "gated", "last", "norm", "skips", "slope", "steps", "tail")
+    __slots__ = ("drop_path", "end", "epilogue", "gated", "last", "norm", "skips", "slope", "steps", "tail")
 
     def __init__(self, module: nn.Module, tail: Tail) -> None:
         children = module.__dict__["_modules"]
@@ -158,7 +171,7 @@ class TailPlan(Plan):
         if not all(vars(module)[name] for name in tail.needs):
             raise Refused(f"{tail.gate} isn't called")
         gate = tail.last(module)
-        self.gated = gate is not None
+        self.end, self.gated = gate, gate is not None
         if gate is not None and type(gate).__call__ is not nn.Module.__call__:
             raise Refused(f"{tail.gate} is a {path(type(gate))}, which has a __call__ of its own")
         if isinstance(gate, Planned) and type(gate).forward is not type(gate).by_plan:
@@ -194,6 +207,9 @@ class TailPlan(Plan):
                 if not any(within is other for other, _, _ in self.skipped):
                     self._skip(Leaf(name, within))
                     self.fixed += ((vars(within), "_modules", dict(vars(within)["_modules"])),)
+                    for _, flag in _CONTAINERS.get(path(type(within)), ("", ()))[1]:
+                        if flag is not None:
+                            self.fix(within, flag)
 
     def _follows(self, leaf: Leaf) -> tuple[str, float] | None:
         """The ops' name of an activation layer and its slope, or None where it is something else."""
@@ -275,23 +291,25 @@ class TailPlan(Plan):
         its, rate = self.drop_path
         return its["training"] and its[rate] > 0
 
-    def covers(self) -> str:
-        """What is computed at once, in words: each kind of step once, and the end."""
-        of = lambda step: " + ".join(
-            word for word, there in (("norm", True), ("act", step.act != "identity"), ("gate", step.gate)) if there
-        )
-        end = [
-            word
-            for word, there in (
-                ("norm", self.norm is not None),
-                ("gate", self.gated),
-                ("add", self.norm is not None or self.gated),
-                ("act", self.epilogue != "identity" and (self.norm is not None or self.gated)),
-            )
-            if there
-        ]
-        steps = [of(step) for step in self.steps if step.norm is not None]
-        return ", ".join(dict.fromkeys([*steps, *([" + ".join(end)] if end else [])]))
+    def covers(self, plan_of: Callable[[nn.Module], Plan | None]) -> str:
+        """What is computed at once, in words: each kind of step once, and the end. plan_of: a gate's plan."""
+
+        def words(norm: bool, act: bool, gate: nn.Module | None, add: bool = False) -> list[str]:
+            its = None if gate is None else plan_of(gate)
+            apart = norm and gate is not None and (its is None or its.means() is None)
+            first = [w for w, there in (("norm", norm and not (apart and add)), ("act", act and not add)) if there]
+            rest = [w for w, there in (("gate", gate is not None), ("add", add), ("act", act and add)) if there]
+            if apart and not add:  # the gate needs more than means, so it isn't in the norm's step
+                return [" + ".join(first)] if act else []
+            return [" + ".join([*first, *rest])]
+
+        found: list[str] = []
+        for step in self.steps:
+            if step.norm is not None:
+                found += words(True, step.act != "identity", step.gate)
+        if self.norm is not None or self.gated:
+            found += words(self.norm is not None, self.epilogue != "identity", self.end, True)
+        return ", ".join(dict.fromkeys(found))
 
 
 def _extracting(x: Any) -> bool:

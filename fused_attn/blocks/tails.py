@@ -13,12 +13,6 @@ from ..plan import register
 from .chain import Branch, Tail, tail_rule
 
 
-def _identity_conv(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """pytorchcv's residual units."""
-    shortcut = self.identity_conv(x) if self.resize_identity else x
-    return self.body(x), shortcut
-
-
 def _pre_activated(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """pytorchcv's pre-activation units: the shortcut starts after the first activation, where it is resized."""
     out, activated = self.body(x)
@@ -121,6 +115,7 @@ def _res2net(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return out, x if self.downsample is None else self.downsample(x)
 
 
+_UNIT = (("body",), "se", "activ", None)
 _SENET = ("conv1", "bn1", "relu", "conv2", "bn2", "relu")
 TAILS = register(
     tail_rule(
@@ -241,13 +236,15 @@ TAILS = register(
         Tail(("conv1", "conv2", "conv3"), "se", "act", "drop_path", inplace=True),
     ),
     tail_rule("timm.models.vovnet.OsaBlock", ("757430c19e12",), Tail(_osa, "attn", None, "drop_path")),
-    tail_rule("pytorchcv.models.seresnet.SEResUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
-    tail_rule("pytorchcv.models.seresnext.SEResNeXtUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
-    tail_rule("pytorchcv.models.senet.SENetUnit", ("7399a29c629d",), Tail(_identity_conv, "se", "activ")),
+    tail_rule("pytorchcv.models.resnet.ResUnit", ("aba339d01e51",), Tail(*_UNIT, "identity_conv")),
+    tail_rule("pytorchcv.models.resnext.ResNeXtUnit", ("aba339d01e51",), Tail(*_UNIT, "identity_conv")),
+    tail_rule("pytorchcv.models.seresnet.SEResUnit", ("7399a29c629d",), Tail(*_UNIT, "identity_conv")),
+    tail_rule("pytorchcv.models.seresnext.SEResNeXtUnit", ("7399a29c629d",), Tail(*_UNIT, "identity_conv")),
+    tail_rule("pytorchcv.models.senet.SENetUnit", ("7399a29c629d",), Tail(*_UNIT, "identity_conv")),
     tail_rule(
         "pytorchcv.models.fastseresnet.FastSEResUnit",
         ("f5bb6301431e",),
-        Tail(_identity_conv, "se", "activ", needs=("use_se",)),
+        Tail(*_UNIT, "identity_conv", needs=("use_se",)),
     ),
     tail_rule("pytorchcv.models.sepreresnet.SEPreResUnit", ("b9934c30ee15",), Tail(_pre_activated, "se", None)),
     tail_rule("pytorchcv.models.fpenet.FPEUnit", ("c5dd73cc41c2",), Tail(_fpenet, "se", "activ", needs=("use_se",))),

@@ -1,5 +1,5 @@
-"""A container among the children of a plan has no forward of its own, and that is no reason to run unfused: the library's
-CBAM, whose pooling convolution lives in a ModuleDict, ran unfused without anybody being told."""
+"""A container among the children of a plan has no forward of its own, which is no reason to run unfused: the library's
+CBAM, whose pooling convolution lives in a ModuleDict, ran unfused, and only `explain` said so."""
 
 import pytest
 import torch
