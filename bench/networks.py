@@ -100,6 +100,10 @@ TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 }
 
 
+class Norm(nn.BatchNorm2d):
+    """A BatchNorm that the library's networks don't compute with what follows it, because it is none they know."""
+
+
 class Plain(nn.Module):
     """A block of the library that runs by its published equations, with the sum and ReLU that the block would fuse."""
 
@@ -129,6 +133,7 @@ def build(name: str, size: int) -> nn.Module:
     else:
         model = getattr(importlib.import_module("fused_attn.models"), name)()
         _replace(model, tuple(TWINS), Plain)
+        _become(model, nn.BatchNorm2d, Norm)
     return redraw(model.eval(), torch.randn(4, 3, size, size))
 
 
@@ -141,11 +146,19 @@ def _replace(model: nn.Module, classes: type | tuple[type, ...], make: Callable[
     return names
 
 
+def _become(model: nn.Module, given: type, wanted: type) -> None:
+    """Changes the class of every module of exactly this one."""
+    for m in model.modules():
+        if type(m) is given:
+            m.__class__ = wanted
+
+
 def fuse(model: nn.Module) -> fused_attn.Report:
     """Makes a network run fused, in place. The report's rows are of what `fuse_` converted, and of the library's own
     blocks."""
     cls = lambda m: f"{type(m).__module__}.{type(m).__name__}"
     names = _replace(model, Plain, lambda plain: plain.block)
+    _become(model, Norm, nn.BatchNorm2d)
     report = fused_attn.fuse_(model)
     own = [fused_attn.convert.Row(name, cls(model.get_submodule(name)), "gate") for name in names]
     return fused_attn.Report([*own, *report.rows])
