@@ -242,17 +242,19 @@ def _tail(what):
     all they get."""
     from fused_attn import ops
 
-    def norm(mean, m2, scale, shift):
+    def norm(moments, scale, shift):
+        mean, m2 = moments
         return torch.stack([scale * (1 + m2).rsqrt(), shift + mean])
 
-    def extreme(mean, m2, largest, smallest, scale, shift):
+    def extreme(moments, scale, shift):
+        _mean, m2, largest, smallest = moments
         return torch.stack([scale * (1 + m2).rsqrt(), shift + largest * smallest])
 
     def call(x, scale, shift, centre, residual, gate, act, slope):
         if what == "moments_affine":
             return ops.moments_affine(x, norm, scale, shift, residual=residual, act=act)
         if what == "moments_affine, extrema":
-            return ops.moments_affine(x, extreme, scale, shift, descriptors="extrema", residual=residual, act=act)
+            return ops.moments_affine(x, extreme, scale, shift, descriptor="extrema", residual=residual, act=act)
         if what == "affine_pool_scale":
             return ops.affine_pool_scale(x, norm, torch.sigmoid, [scale, shift], act=act)
         kept = lambda *both: torch.stack(both)

@@ -159,7 +159,7 @@ def test_parents(name: str, training: bool) -> None:
     zero = tuple(n for n, _ in original.named_parameters() if n.endswith("conv.bias")) if training else ()
     assert_same_step(module, original, feature_map(), within=1e-6 if "ese" in name else 1e-10, zero=zero)
     ran = {line.op for line in explain(module, feature_map()).lines}
-    tail = {"channel_moments" if training else "channel_pool", "shared_mlp", "affine_apply"}
+    tail = {"shared_mlp", "affine_apply", *(("channel_moments", "batch_affine") if training else ("channel_pool",))}
     inner = {"pool_mlp_scale"} if name == "senet.SEResNetBlock" else set()
     if inner:  # a ReLU stands between its norm and its gate
         tail -= {"shared_mlp", "channel_pool"}
@@ -861,7 +861,7 @@ def test_explain_a_model() -> None:
     state = copy.deepcopy(model.state_dict())
     told = explain(model, x)
     ops = {name: [line.op for line in told.lines if line.module == name] for name in ALL}
-    assert ops.pop("body.0")[-3:] == ["channel_moments", "shared_mlp", "affine_apply"]
+    assert ops.pop("body.0")[-4:] == ["channel_moments", "batch_affine", "shared_mlp", "affine_apply"]
     assert ops == {"first": ["pool_mlp_scale"], "body.0.se": [], "body.1": ["pool_mlp_scale"], "last": [""]}
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     text = str(told)

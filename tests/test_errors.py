@@ -13,6 +13,7 @@ from fused_attn import OPS, ops, testing, use_backend
 BACKENDS = testing.candidates()
 FORMULAS = [op for op in OPS.values() if op.formula is not None]
 NEEDED = {
+    "affine_apply": ("scale", "shift"),
     "scale": ("gate",),
     "soft_threshold": ("tau",),
     "map_scale": ("z",),
@@ -24,6 +25,9 @@ NEEDED = {
 def good(op, **changes):
     """The arguments of a call that is right but for `changes`: x (2, 6, 5, 5), and a network 6 -> 4 -> 6."""
     shapes = {
+        "affine_apply": dict(x=(2, 6, 5, 5), scale=(2, 6), shift=(2, 6)),
+        "batch_affine": dict(moments=(2, 3, 6), weight=(6,), bias=(6,)),
+        "channel_moments": dict(x=(2, 6, 5, 5)),
         "channel_pool": dict(x=(2, 6, 5, 5)),
         "spatial_pool": dict(x=(2, 6, 5, 5), gate=(2, 6)),
         "branch_pool": dict(x=(2, 6, 5, 5), x1=(2, 6, 5, 5)),
@@ -96,6 +100,12 @@ BAD = {
     "prelu without slopes": (MLP, dict(act="prelu"), ValueError, ["act_weight", "None"]),
     "slopes of other width": (MLP, dict(act="prelu", act_weight=t(3)), ValueError, ["act_weight", "(4,)", "(3,)"]),
     "max_weight above 1": (["pool_mlp_scale"], dict(max_weight=1.5), ValueError, ["max_weight", "[0, 1]", "1.5"]),
+    "scale of other channels": (["affine_apply"], dict(scale=t(2, 5)), ValueError, ["scale", "(2, 6)", "(2, 5)"]),
+    "centre of other batch": (["affine_apply"], dict(centre=t(1, 6)), ValueError, ["centre", "(2, 6)", "(1, 6)"]),
+    "moments of rank 2": (["batch_affine"], dict(moments=t(2, 6)), ValueError, ["moments", "(2, N, C)", "(2, 6)"]),
+    "one moment": (["batch_affine"], dict(moments=t(1, 3, 6)), ValueError, ["moments", "(2, N, C)", "(1, 3, 6)"]),
+    "norm of other channels": (["batch_affine"], dict(weight=t(5)), ValueError, ["weight", "(6,)", "(5,)"]),
+    "planes of nothing": (["batch_affine"], dict(size=0), ValueError, ["size", "at least 1", "0"]),
     "index of a mean": (["channel_pool"], dict(return_index=True), ValueError, ["return_index", "'max'", "'mean'"]),
     **{
         f"unknown {name}": (

@@ -43,7 +43,7 @@ def formula(
     a = a if weight is None else a * weight.to(a.dtype)
     shift = a * d
     shift = shift if bias is None else shift + bias.to(a.dtype)
-    return torch.stack([a.expand_as(shift), shift]), torch.stack([mu, var])
+    return torch.stack([a.expand_as(shift), shift]), torch.stack([mu, var]).detach()
 
 
 def _save(args: tuple, outs: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor | None, ...], tuple]:
@@ -66,7 +66,7 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
     check=_check,
     save=_save,
     backward=_backward,
-    public=lambda args, outs: (outs[0], outs[1]),
+    public=lambda args, outs: (outs[0], outs[1].detach()),
     maps=(),
     budget=lambda *args: (0, 0),
     reduces=lambda moments, *rest: 4 * moments.shape[1],

@@ -26,7 +26,7 @@ def test_gate_removed_from_a_fused_tail(cls: type) -> None:
     assert len(fuse_(ours).fused) == 2
     ours.se = theirs.se = None
     torch.testing.assert_close(ours(x), theirs(x))
-    assert [line.reason for line in explain(ours, x).lines] == ["se is None, or isn't called"]
+    assert {line.op for line in explain(ours, x).lines} == {"affine_apply"}  # the norm's, add's and activation's
     ours.se = theirs.se = se
     torch.testing.assert_close(ours(x), theirs(x))
-    assert [line.op for line in explain(ours, x).lines] == ["pool_mlp_scale"]
+    assert "shared_mlp" in {line.op for line in explain(ours, x).lines}
