@@ -167,6 +167,21 @@ def test_hooks_on_swallowed_children(name):
         assert relative(got, want) < 1e-6, path
 
 
+def test_small_maps_keep_their_norm(monkeypatch):
+    """Where it doesn't pay, PyTorch's norm runs, and the gate behind it as ever; the same numbers."""
+    module = made("resnet.Bottleneck se")
+    fuse_(module)
+    x = feature_map()
+    whole = module(x)
+    ran = lambda: {line.op for line in explain(module, x).lines}
+    assert "affine_apply" in ran()
+    monkeypatch.setattr(normed, "LEAST", x.numel() + 1)
+    assert ran() == {"pool_mlp_scale"}
+    assert relative(module(x), whole) < 1e-12
+    monkeypatch.setattr(normed, "LEAST", x.numel())
+    assert "affine_apply" in ran()
+
+
 def test_drop_path_at_work():
     """Only the add and what follows it run by themselves; the same random numbers."""
     for name in ("resnet.Bottleneck se", "InvertedResidual", "MBConv"):
@@ -212,6 +227,7 @@ def test_frozen(frozen):
 
 def _together(rank, folder):
     """One of two processes: half of a batch, SyncBatchNorm."""
+    normed.LEAST = 0
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
         module, x = _sync(), feature_map(5)

@@ -320,14 +320,16 @@ def _extracting(x: Any) -> bool:
     )
 
 
-def _alone(x: Any) -> bool:
-    """Whether a norm is computed with what follows it. Compilers do that by themselves, and tracers want its module."""
-    return isinstance(x, Tensor) and not is_compiling()
+def _together(x: Any, behind_act: bool = False) -> bool:
+    """Whether a norm is computed with what follows it. Compilers do that by themselves, tracers want its module, and
+    for small maps it doesn't pay."""
+    return isinstance(x, Tensor) and not is_compiling() and normed.pays(x, behind_act)
 
 
 def _run(step: Step, x: Any) -> Any:
     """One step before the end."""
-    if step.norm is not None and _alone(x) and x.dim() == 4 and x.shape[0] > 0:
+    behind_act = step.gate is not None and step.act != "identity"
+    if step.norm is not None and _together(x, behind_act) and x.dim() == 4 and x.shape[0] > 0:
         plan = None if step.gate is None else ready(step.gate)
         means = plan.means() if plan is not None and plan.fits_tail and getattr(plan, "dim", 4) == 4 else None
         if means is not None:
@@ -362,7 +364,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
         shortcut = tail.shortcut(self, given) if plan.skips else None
     means = None if norm is None or gate is None else gate.means()
     # A gate may need more of the norm's output than its means.
-    if norm is not None and ((gate is not None and means is None) or not _alone(x)):
+    if norm is not None and ((gate is not None and means is None) or not _together(x)):
         x, norm = plan.last(x), None  # type: ignore[misc]
     joined, drops = True, plan.drops()
     if norm is None and gate is None:
@@ -403,7 +405,7 @@ def joined(
     view = normed.read(norm) if tampered(norm) is None else None
     plan = None if gate is None or tampered(gate) is not None else ready(gate)
     means = None if plan is None or not plan.fits_tail else plan.means()
-    if view is not None and (gate is None or means is not None) and _alone(x) and x.shape[0] > 0:
+    if view is not None and (gate is None or means is not None) and _together(x) and x.shape[0] > 0:
         return normed.run(view, means, x, shortcut, act)
     x = norm(x)
     if gate is not None:
