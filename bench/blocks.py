@@ -122,8 +122,7 @@ def _psa(c: int) -> Pair:
 
 
 class _Normed(nn.Module):
-    """A tail, or an inner gate, after `fuse_` of its gate; the norm with what follows it as `fuse_` of its parent has
-    it."""
+    """A tail, or an inner gate: the norm with what follows it as in a fused parent, whatever the size of the map."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -77,6 +77,9 @@ def parser(add: Any) -> argparse.ArgumentParser:
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs `python -m bench memory`."""
     device = options.device or measure.default_device()
+    if options.batch < 4:
+        print(f"--batch must be at least 4, twice the first step's; got {options.batch}")
+        return 2
     if options.one:
         print(json.dumps(step(options.network[0], options.one == "fused", options.batch, device)))
         return 0

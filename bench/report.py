@@ -72,8 +72,8 @@ def support(root: Path = ROOT) -> str:
     tails = [f"`{rule.path}`" for rule in RULES.values() if rule.tail is not None]
     if tails:
         parts.append(
-            "What stands around a gate (a BatchNorm before it, the residual add and the activation behind it) is fused "
-            f"with it in {', '.join(tails)}."
+            "The residual add and the activation behind a gate, and where a BatchNorm stands right before it that, too, are "
+            f"fused with it in {', '.join(tails)}."
         )
     return "\n\n".join(parts)
 

@@ -40,7 +40,7 @@ _GLOBAL_HOOKS = tuple(
         "_global_backward_pre_hooks",
     )
 )
-_PLAIN = frozenset({Parameter, Tensor})
+PLAIN = frozenset({Parameter, Tensor})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # explain listens here to what ran unfused, and why.
@@ -153,7 +153,7 @@ class Plan:
             if getattr(cls, name) is not method:
                 return False
         for place, bias in self.places:
-            if type(place.get("weight")) not in _PLAIN or (bias and "bias" not in place):
+            if type(place.get("weight")) not in PLAIN or (bias and "bias" not in place):
                 return False
         for name, value in self.own:
             if attributes.get(name) != value:
@@ -215,7 +215,7 @@ def own_forward(cls: type[nn.Module]) -> bool:
 
 def usual(weight: Any) -> bool:
     """Whether an op may read a weight's numbers; not where a subclass gives them another meaning (quantised)."""
-    if type(weight) in _PLAIN or not isinstance(weight, Tensor):
+    if type(weight) in PLAIN or not isinstance(weight, Tensor):
         return not nn.parameter.is_lazy(weight)
     return type(weight).__module__.startswith("torch._subclasses")  # fake and functional tensors
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -80,6 +81,15 @@ def by_plan(module: nn.Module) -> bool:
     return rule is not None and rule.tail is None and (rule.holds is None or rule.holds(module))
 
 
+def _more_than_its_plan(gate: nn.Module) -> str | None:
+    """What a call of a gate would do besides its plan, or None."""
+    if type(gate).__call__ is not nn.Module.__call__:
+        return "has a __call__ of its own"
+    if isinstance(gate, Planned) and type(gate).forward is not type(gate).by_plan:
+        return "overrides the forward that its plan replaces"
+    return tampered(gate)
+
+
 def inside(name: str, child: nn.Module | None) -> Iterator[Leaf]:
     """The layers that a child is made of; the child itself where its forward isn't known, or something hangs on it."""
     if child is None:
@@ -90,7 +100,7 @@ def inside(name: str, child: nn.Module | None) -> Iterator[Leaf]:
         parts = tuple(children)
     elif where in _CONTAINERS and fingerprint(type(child).forward) == _CONTAINERS[where][0]:
         parts = tuple(part for part, flag in _CONTAINERS[where][1] if flag is None or vars(child).get(flag))
-    if parts is None or tampered(child) is not None or by_plan(child):
+    if not parts or tampered(child) is not None or by_plan(child):
         yield Leaf(name, child)
         return
     for part in parts:
@@ -172,10 +182,8 @@ class TailPlan(Plan):
             raise Refused(f"{tail.gate} isn't called")
         gate = tail.last(module)
         self.end, self.gated = gate, gate is not None
-        if gate is not None and type(gate).__call__ is not nn.Module.__call__:
-            raise Refused(f"{tail.gate} is a {path(type(gate))}, which has a __call__ of its own")
-        if isinstance(gate, Planned) and type(gate).forward is not type(gate).by_plan:
-            raise Refused(f"{tail.gate} is a {path(type(gate))}, which overrides the forward that its plan replaces")
+        if gate is not None and (why := _more_than_its_plan(gate)) is not None:
+            raise Refused(f"{tail.gate} is a {path(type(gate))}, which {why}")
         self.tail = tail
         self.epilogue, self.slope = "identity", 0.01
         if tail.act is not None:
@@ -249,7 +257,7 @@ class TailPlan(Plan):
                 self._skip(more)
                 alone.append(more.module)
                 i += 1
-            if i < len(leaves) and by_plan(leaves[i].module) and tampered(leaves[i].module) is None:
+            if i < len(leaves) and by_plan(leaves[i].module) and _more_than_its_plan(leaves[i].module) is None:
                 gate = leaves[i].module
                 self._skip(leaves[i])
                 i += 1
@@ -320,16 +328,22 @@ def _extracting(x: Any) -> bool:
     )
 
 
-def _together(x: Any, behind_act: bool = False) -> bool:
-    """Whether a norm is computed with what follows it. Compilers do that by themselves, tracers want its module, and
-    for small maps it doesn't pay."""
-    return isinstance(x, Tensor) and not is_compiling() and normed.pays(x, behind_act)
+def _together(norm: normed.Norm, x: Any, behind_act: bool = False) -> bool:
+    """Whether a norm is computed with what follows it. Compilers do that by themselves, tracers want its module, what
+    the norm doesn't take is for its module to refuse, and for small maps it doesn't pay."""
+    return (
+        isinstance(x, Tensor)
+        and not is_compiling()
+        and not torch.jit.is_tracing()
+        and norm.takes(x)
+        and normed.pays(norm, x, behind_act)
+    )
 
 
 def _run(step: Step, x: Any) -> Any:
     """One step before the end."""
     behind_act = step.gate is not None and step.act != "identity"
-    if step.norm is not None and _together(x, behind_act) and x.dim() == 4 and x.shape[0] > 0:
+    if step.norm is not None and _together(step.norm, x, behind_act):
         plan = None if step.gate is None else ready(step.gate)
         means = plan.means() if plan is not None and plan.fits_tail and getattr(plan, "dim", 4) == 4 else None
         if means is not None:
@@ -364,12 +378,12 @@ def forward(self: Any, x: Tensor) -> Tensor:
         shortcut = tail.shortcut(self, given) if plan.skips else None
     means = None if norm is None or gate is None else gate.means()
     # A gate may need more of the norm's output than its means.
-    if norm is not None and ((gate is not None and means is None) or not _together(x)):
+    if norm is not None and ((gate is not None and means is None) or not _together(norm, x)):
         x, norm = plan.last(x), None  # type: ignore[misc]
     joined, drops = True, plan.drops()
     if norm is None and gate is None:
         joined = False
-    elif isinstance(x, Tensor) and (x.dim() != getattr(gate, "dim", 4) or (norm is not None and x.shape[0] == 0)):
+    elif isinstance(x, Tensor) and x.dim() != getattr(gate, "dim", 4):
         unfused(self, f"the branch has shape {tuple(x.shape)}")
         x = x if norm is None else plan.last(x)  # type: ignore[misc]
         x, joined = children[tail.gate](x) if plan.gated else x, False
@@ -403,9 +417,9 @@ def joined(
     gate: one of the library's modules, or None
     """
     view = normed.read(norm) if tampered(norm) is None else None
-    plan = None if gate is None or tampered(gate) is not None else ready(gate)
+    plan = None if gate is None or _more_than_its_plan(gate) is not None else ready(gate)
     means = None if plan is None or not plan.fits_tail else plan.means()
-    if view is not None and (gate is None or means is not None) and _together(x) and x.shape[0] > 0:
+    if view is not None and (gate is None or means is not None) and _together(view, x):
         return normed.run(view, means, x, shortcut, act)
     x = norm(x)
     if gate is not None:

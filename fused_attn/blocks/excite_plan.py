@@ -6,6 +6,7 @@ a is 0, or 1 where a module adds its input to what it gates. Children are named 
 that a forward applies itself is `Given`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -155,7 +156,7 @@ class ExcitePlan(Plan):
                 epilogue, epilogue_slope,
             )  # fmt: skip
         if self.offset:
-            return pool_scale(x, self.excite, *self.tensors(), residual=residual, act=epilogue, slope=epilogue_slope)
+            return pool_scale(x, self.network(), *self.tensors(), residual=residual, act=epilogue, slope=epilogue_slope)
         norm, state, eps = _OPEN if self.norm is None else norm_state(self.norm)
         out = pool_mlp_scale(
             x, first["weight"], first["bias"], *((second["weight"], second["bias"]) if second else (None, None)),
@@ -170,7 +171,12 @@ class ExcitePlan(Plan):
 
     def means(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
         """The gate as a function of means (N, C), and its tensors; None where it depends on more than those."""
-        return None if self.norm is not None or self.max_weight else (self.excite, self.tensors())
+        return None if self.norm is not None or self.max_weight else (self.network(), self.tensors())
+
+    def network(self) -> Callable[..., Tensor]:
+        """`excite` of the layers as they are now: it runs again in backward, when FSDP has taken the weights away."""
+        there = [place[name] is not None for place in (self.first, self.second) if place for name in ("weight", "bias")]
+        return functools.partial(self.excite, there)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors of a network without a norm, as `excite` takes them; those that there are."""
@@ -178,15 +184,18 @@ class ExcitePlan(Plan):
         dense = [place[name] for place in places[:2] if place for name in ("weight", "bias")]
         return tuple(t for t in (*dense, *(place["weight"] for place in places[2:] if place)) if t is not None)
 
-    def excite(self, p: Tensor, *tensors: Tensor) -> Tensor:
-        """a + gate of descriptors (N, C): the excite of `pool_scale`, by `tensors()`."""
+    def excite(self, there: Sequence[bool], p: Tensor, *tensors: Tensor) -> Tensor:
+        """a + gate of descriptors (N, C): the excite of `pool_scale`, by `tensors()`.
+
+        there: which of the layers' weights and biases are among those
+        """
         left = iter(tensors)
-        there = lambda place: tuple(None if place[name] is None else next(left) for name in ("weight", "bias"))
-        dense = (*there(self.first), *(there(self.second) if self.second else (None, None)))
+        layers = [next(left) if given else None for given in there]
+        layers += [None] * (4 - len(layers))
         slopes = [next(left) if place else None for place in (self.act_place, self.gate_place)]
         # Compilers differentiate only what they can look into.
         mlp: Any = formula if is_compiling() else shared_mlp
-        gate: Tensor = mlp(p, *dense, None, None, None, None, *slopes, self.act, self.gate, self.slope, "none", 1e-5)
+        gate: Tensor = mlp(p, *layers, None, None, None, None, *slopes, self.act, self.gate, self.slope, "none", 1e-5)
         return self.offset + gate if self.offset else gate
 
 

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from .. import backend
 from ..layout import accumulator
 from ..ops.affine_apply import affine_apply
 from ..ops.affine_pool_scale import affine_pool_scale
 from ..ops.batch_affine import batch_affine, formula
 from ..ops.moments_affine import moments_affine
-from ..plan import path, vars_of
+from ..plan import PLAIN, path, vars_of
 from .norms import keep, uses_batch
 
-_BATCH = tuple(f"torch.nn.modules.batchnorm.BatchNorm{d}d" for d in (1, 2, 3))
+_BATCH = {f"torch.nn.modules.batchnorm.BatchNorm{d}d": d for d in (1, 2, 3)}
 _SYNC = "torch.nn.modules.batchnorm.SyncBatchNorm"
 _FROZEN = "torchvision.ops.misc.FrozenBatchNorm2d"
 # A BatchNorm and its activation in one module; the activation is the child `act`, and `drop` does nothing.
@@ -41,8 +42,12 @@ Gate = tuple[Callable[..., Tensor], Sequence[Tensor]]  # a function of means (N,
 LEAST = 800_000
 
 
-def pays(x: Tensor, behind_act: bool = False) -> bool:
+def pays(norm: "Norm", x: Tensor, behind_act: bool = False) -> bool:
     """Whether a norm is worth computing with what follows it. behind_act: with a gate behind an activation."""
+    if together(norm) is not None:  # all processes must answer the same, whatever the sizes of their batches
+        return True
+    if x.numel() == 0 or not has_kernel(x):
+        return False
     if not x.is_cpu:
         return True
     least = LEAST
@@ -56,6 +61,20 @@ class Norm(NamedTuple):
 
     its: dict[str, Any]
     kind: str  # "batch", "sync" or "frozen"
+    dims: int | None  # how many spatial dimensions it takes; None: any
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether its module would take x, and give x's dtype."""
+        weight, bias = self.tensors()
+        kept = self.its["_buffers"]["running_mean"]
+        there = [t for t in (weight, bias, kept) if t is not None]
+        # FSDP's flat parameters and subclasses of tensors aren't read; and a frozen norm is plain arithmetic.
+        return (
+            self.dims in (None, x.dim() - 2)
+            and x.dim() > 2
+            and all(type(t) in PLAIN and t.shape == x.shape[1:2] and t.is_floating_point() for t in there)
+            and (self.kind != "frozen" or all(t.dtype == x.dtype for t in there))
+        )
 
     @property
     def batch(self) -> bool:
@@ -65,19 +84,34 @@ class Norm(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias; a frozen one keeps them as buffers."""
         place = self.its["_buffers" if self.kind == "frozen" else "_parameters"]
+        # FSDP's flat parameters and DataParallel's replicas hold weights as plain attributes.
+        place = place if "weight" in place else self.its
         return place["weight"], place["bias"]
 
 
 def read(child: nn.Module | None) -> Norm | None:
     """The BatchNorm that a module is, or None where it is something else."""
     where = path(type(child))
-    kind = "batch" if where in _BATCH or where == WITH_ACT else {_SYNC: "sync", _FROZEN: "frozen"}.get(where)
-    return None if kind is None else Norm(vars_of(child), kind)
+    if where in _BATCH:
+        return Norm(vars_of(child), "batch", _BATCH[where])
+    if where in (WITH_ACT, _FROZEN):
+        return Norm(vars_of(child), "batch" if where == WITH_ACT else "frozen", 2)
+    return Norm(vars_of(child), "sync", None) if where == _SYNC else None
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether a compiled kernel runs where x is: the eager form of a map that is nothing but motion is slower than
+    PyTorch's norm. A forced backend is taken at its word."""
+    if backend.forced() != "auto":
+        return True
+    first = backend.ORDER.get(x.device.type, ("eager",))[0]
+    return first != "eager" and not isinstance(backend.implementation(affine_apply, first), str)
 
 
 def together(norm: Norm) -> Any:
     """The process group whose statistics a SyncBatchNorm shares, or None."""
-    if norm.kind != "sync" or not norm.its["training"] or not torch.distributed.is_initialized():
+    dist = torch.distributed
+    if norm.kind != "sync" or not norm.its["training"] or not (dist.is_available() and dist.is_initialized()):
         return None
     group = norm.its["process_group"] or torch.distributed.group.WORLD
     return group if torch.distributed.get_world_size(group) > 1 else None
@@ -92,10 +126,12 @@ class _Shared(torch.autograd.Function):
         ctx: Any, mean: Tensor, m2: Tensor, count: int, group: Any, memo: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         if not memo:  # an excite runs again in backward; its numbers are here by then
-            mine = torch.cat([mean, m2, mean.new_tensor([count])])
+            # Of another size than PyTorch's own: where a hook on one process alone keeps the module in place there, the
+            # two must not take each other's numbers.
+            mine = torch.cat([mean, m2, mean.new_tensor([count, 0])])
             all_of = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
             torch.distributed.all_gather(all_of, mine, group)
-            means, m2s, counts = torch.stack(all_of).split([len(mean), len(mean), 1], 1)
+            means, m2s, counts = torch.stack(all_of)[:, :-1].split([len(mean), len(mean), 1], 1)
             total = counts.sum()
             mu = (means * (counts / total)).sum(0)
             memo += [mu, (m2s + counts * (means - mu).square()).sum(0) / total, total]
@@ -116,7 +152,8 @@ class _Shared(torch.autograd.Function):
 def _shared(moments: Tensor, size: int, group: Any, memo: list[Tensor]) -> tuple[Tensor, Tensor]:
     """μ and the biased variance (C,) over all processes, from the moments of the planes here."""
     mean, m2 = moments
-    mu = mean.mean(0)
+    n = max(mean.shape[0], 1)  # a process without samples brings zeros, and counts for nothing
+    mu = mean.sum(0) / n
     whole = m2.sum(0) + (mean - mu).square().sum(0) * size
     found: tuple[Tensor, Tensor] = _Shared.apply(mu, whole, mean.shape[0] * size, group, memo)
     return found

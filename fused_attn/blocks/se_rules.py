@@ -175,9 +175,10 @@ def _forward_pair(self: Any, x: Tensor, skip: Tensor | None = None) -> Tensor:
         return self.original.forward(self, x, skip)
     children = self._modules
     x = nn.functional.interpolate(children["hl_conv"](x), scale_factor=2.0, mode=self.interpolation_mode)
-    low = plan.low.excite(channel_pool(skip), *plan.low.tensors())
+    low = plan.low.network()(channel_pool(skip), *plan.low.tensors())
     high: ExcitePlan = plan.high
-    x = pool_scale(x, lambda p, low, *tensors: high.excite(p, *tensors) + low, low, *high.tensors())
+    network = high.network()
+    x = pool_scale(x, lambda p, low, *tensors: network(p, *tensors) + low, low, *high.tensors())
     return children["conv2"](children["conv1"](torch.cat([x, skip], dim=1)))
 
 

@@ -13,6 +13,11 @@ from ..plan import register
 from .chain import Branch, Tail, tail_rule
 
 
+def _may_skip(self: Any, x: Tensor) -> Tensor | None:
+    """timm's ByobNet blocks: drop_path is at work where there is no shortcut, too."""
+    return None if self.shortcut is None else self.shortcut(x)
+
+
 def _pre_activated(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """pytorchcv's pre-activation units: the shortcut starts after the first activation, where it is resized."""
     out, activated = self.body(x)
@@ -185,27 +190,25 @@ TAILS = register(
     tail_rule(
         "timm.models.byobnet.BasicBlock",
         ("f85fea15f3c3",),
-        Tail(
-            ("conv1_kxk", "attn", "conv2_kxk"), "attn_last", "act", "drop_path", downsample="shortcut", skip="shortcut"
-        ),
+        Tail(("conv1_kxk", "attn", "conv2_kxk"), "attn_last", "act", "drop_path", _may_skip),
     ),
     tail_rule(
         "timm.models.byobnet.BottleneckBlock",
         ("d9f6c639f01c",),
         Tail(
             ("conv1_1x1", "conv2_kxk", "conv2b_kxk", "attn", "conv3_1x1"), "attn_last", "act", "drop_path",
-            downsample="shortcut", skip="shortcut",
+            _may_skip,
         ),
     ),
     tail_rule(
         "timm.models.byobnet.DarkBlock",
         ("3e968f1c61b2",),
-        Tail(("conv1_1x1", "attn", "conv2_kxk"), "attn_last", "act", "drop_path", "shortcut", skip="shortcut"),
+        Tail(("conv1_1x1", "attn", "conv2_kxk"), "attn_last", "act", "drop_path", _may_skip),
     ),
     tail_rule(
         "timm.models.byobnet.EdgeBlock",
         ("af4765dcfda7",),
-        Tail(("conv1_kxk", "attn", "conv2_1x1"), "attn_last", "act", "drop_path", "shortcut", skip="shortcut"),
+        Tail(("conv1_kxk", "attn", "conv2_1x1"), "attn_last", "act", "drop_path", _may_skip),
     ),
     tail_rule("timm.models.byobnet.RepVggBlock", ("5ea58069f93e",), Tail(_repvgg, "attn", "act")),
     tail_rule("timm.models.byobnet.MobileOneBlock", ("6615dcef0da9",), Tail(_mobileone_of_byobnet, "attn", "act")),

@@ -26,11 +26,13 @@ def _batch_affine_fwd_kernel(
     mask = c < C
     far = N * C
     first = tl.load(moments_ptr + c, mask=mask, other=0)
-    mu = tl.zeros_like(first)
+    mu, plain = tl.zeros_like(first), tl.zeros_like(first)
     for n in range(N):  # differences to the first, which keep the digits of a mean that is far from 0
-        mu += tl.load(moments_ptr + n * C + c, mask=mask, other=0) - first
+        mean = tl.load(moments_ptr + n * C + c, mask=mask, other=0)
+        mu += mean - first
+        plain += mean
     mu = mu / N + first
-    mu = tl.where(mu == mu, mu, first)
+    mu = tl.where(mu - mu == 0, mu, plain / N)  # infinities have no difference
     total = tl.zeros_like(first)
     for n in range(N):
         d = tl.load(moments_ptr + n * C + c, mask=mask, other=0) - mu
