@@ -103,7 +103,7 @@ def _sk(c: int) -> Pair:
     module = SelectiveKernel(c, c, split_input=False)
     module.paths = nn.ModuleList([_Pick(0), _Pick(1)])
     pair = _converted(module)
-    return pair._replace(eager=_Together(module), fused=_Together(pair.fused))  # type: ignore[arg-type]
+    return pair._replace(eager=_Together(module), fused=_Behind(pair.fused))  # type: ignore[arg-type]
 
 
 def _split(c: int) -> Pair:

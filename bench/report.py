@@ -72,8 +72,8 @@ def support(root: Path = ROOT) -> str:
     tails = [f"`{rule.path}`" for rule in RULES.values() if rule.tail is not None]
     if tails:
         parts.append(
-            "The residual add and the activation behind a gate, and where a BatchNorm stands right before it that, too, are "
-            f"fused with it in {', '.join(tails)}."
+            "The residual add and the activation behind a gate, and a BatchNorm right before it, are fused with it in "
+            f"{', '.join(tails)}."
         )
     return "\n\n".join(parts)
 
