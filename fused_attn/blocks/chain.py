@@ -376,10 +376,10 @@ def forward(self: Any, x: Tensor) -> Tensor:
         for step in plan.steps:
             x = _run(step, x)
         shortcut = tail.shortcut(self, given) if plan.skips else None
-    means = None if norm is None or gate is None else gate.means()
-    # A gate may need more of the norm's output than its means.
-    if norm is not None and ((gate is not None and means is None) or not _together(norm, x)):
-        x, norm = plan.last(x), None  # type: ignore[misc]
+    together = norm is not None and _together(norm, x)
+    means = gate.means() if together and gate is not None else None
+    if norm is not None and (not together or (gate is not None and means is None)):
+        x, norm = plan.last(x), None  # type: ignore[misc]  # such a gate needs more of the norm's output than its means
     joined, drops = True, plan.drops()
     if norm is None and gate is None:
         joined = False
@@ -417,10 +417,11 @@ def joined(
     gate: one of the library's modules, or None
     """
     view = normed.read(norm) if tampered(norm) is None else None
-    plan = None if gate is None or _more_than_its_plan(gate) is not None else ready(gate)
-    means = None if plan is None or not plan.fits_tail else plan.means()
-    if view is not None and (gate is None or means is not None) and _together(view, x):
-        return normed.run(view, means, x, shortcut, act)
+    if view is not None and _together(view, x):
+        plan = None if gate is None or _more_than_its_plan(gate) is not None else ready(gate)
+        means = None if plan is None or not plan.fits_tail else plan.means()
+        if gate is None or means is not None:
+            return normed.run(view, means, x, shortcut, act)
     x = norm(x)
     if gate is not None:
         return gate(x, shortcut, act)

@@ -24,7 +24,7 @@ from ..ops.affine_pool_scale import affine_pool_scale
 from ..ops.batch_affine import batch_affine, formula
 from ..ops.moments_affine import moments_affine
 from ..plan import PLAIN, path, vars_of
-from .norms import keep, uses_batch
+from .norms import affine, keep, uses_batch
 
 _BATCH = {f"torch.nn.modules.batchnorm.BatchNorm{d}d": d for d in (1, 2, 3)}
 _SYNC = "torch.nn.modules.batchnorm.SyncBatchNorm"
@@ -83,10 +83,7 @@ class Norm(NamedTuple):
 
     def tensors(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias; a frozen one keeps them as buffers."""
-        place = self.its["_buffers" if self.kind == "frozen" else "_parameters"]
-        # FSDP's flat parameters and DataParallel's replicas hold weights as plain attributes.
-        place = place if "weight" in place else self.its
-        return place["weight"], place["bias"]
+        return affine(self.its, "_buffers" if self.kind == "frozen" else "_parameters")
 
 
 def read(child: nn.Module | None) -> Norm | None:

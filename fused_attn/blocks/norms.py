@@ -27,11 +27,17 @@ def uses_batch(norm: dict[str, Any]) -> bool:
     return norm["training"] or (buffers["running_mean"] is None and buffers["running_var"] is None)
 
 
+def affine(norm: dict[str, Any], place: str = "_parameters") -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias. FSDP's flat parameters and DataParallel's replicas hold them as plain attributes."""
+    where = norm[place] if "weight" in norm[place] else norm
+    return where["weight"], where["bias"]
+
+
 def state(norm: dict[str, Any]) -> tuple[Tensor | None, ...]:
     """weight, bias, and the running mean and variance where those are used."""
-    parameters, buffers = norm["_parameters"], norm["_buffers"]
+    buffers = norm["_buffers"]
     running = (None, None) if uses_batch(norm) else (buffers["running_mean"], buffers["running_var"])
-    return parameters["weight"], parameters["bias"], *running
+    return *affine(norm), *running
 
 
 def norm_state(norm: dict[str, Any] | None) -> tuple[str, tuple[Tensor | None, ...], float]:

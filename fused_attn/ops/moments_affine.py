@@ -33,13 +33,9 @@ from .affine_apply import affine_apply, behind, check_affine
 from .channel_moments import channel_moments
 from .channel_pool import channel_pool, spread
 from .moments_affine_apply import moments_affine_apply
+from .pool_scale import keeps_e
 
 DESCRIPTORS = ("mean", "moments", "extrema")
-
-
-def keeps_e(act: str, residual: bool) -> bool:
-    """Whether the reduce half writes e: it is the residual's gradient, and the apply half reads it in place of dy."""
-    return residual and act != "identity"
 
 
 def _check_reduce(

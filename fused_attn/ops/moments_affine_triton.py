@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import affine_kernels
-from .moments_affine import keeps_e
+from .pool_scale import keeps_e
 
 
 def moments_affine_reduce(

@@ -5,6 +5,7 @@ autocast; a container that was empty; a norm that its module would refuse; weigh
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -106,8 +107,9 @@ def test_norms_that_refuse(norm):
             module(x)
 
 
-def test_replicas_of_data_parallel():
-    original, fused = twins(lambda: resnet.Bottleneck(32, 8, attn_layer="se"), torch.float32)
+@pytest.mark.parametrize("gate", ["se", partial(SEModule, norm_layer=nn.BatchNorm2d)], ids=["se", "se with a norm"])
+def test_replicas_of_data_parallel(gate):
+    original, fused = twins(lambda: resnet.Bottleneck(32, 8, attn_layer=gate), torch.float32)
     x = torch.randn(2, 32, 8, 8)
     for module in fused.modules():
         for name, p in list(module._parameters.items()):
