@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from statistics import median, quantiles
 from typing import Any
 
@@ -30,6 +31,7 @@ MODES = ("forward", "recording", "forward+backward")
 _SHORTEST = 300e-6  # seconds in a CPU sample: 1000 times the clock's own cost
 _LONG = 0.05  # seconds
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_HEAP = 512 << 20  # bytes: twenty arrays of the largest case
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,19 @@ class Row:
         return asdict(self)
 
 
+@cache
 def pin_heap() -> bool:
     """Makes glibc keep what it has: no mmap for large buffers, no trimming. False where the C library isn't glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_MMAP_MAX, 0))
+    if not (mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_MMAP_MAX, 0)):
+        return False
+    # An aligned array needs a hole a little larger than itself, so the one just freed won't do, and each array of the
+    # first few would be new pages. Free pages are written here, once, for all of them.
+    torch.empty(_HEAP, dtype=torch.uint8).fill_(1)
+    return True
 
 
 def prepare(device: str) -> None:
