@@ -53,31 +53,31 @@ def is_transformed() -> bool:
 
 
 def launching(op: "Op") -> Callable[..., Any]:
-    """The function whose forward is a launcher: called with ((options, tensors, Call), *all tensor arguments)."""
-    count, save, differentiate = op.count, cast(Any, op.save), cast(Any, op.backward)
+    """The function whose forward is a launcher: called with ((all arguments, Call), *the tensors among them)."""
+    save, differentiate = cast(Any, op.save), cast(Any, op.backward)
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Any:
-            options, there, shared = call
-            args = tensors + options
-            outs = backend.run(op, args, False, there, shared)
+        def forward(ctx: Any, asked: tuple[Any, ...], *tensors: Tensor) -> Any:
+            args, call = asked
+            outs = backend.run(op, args, False, tensors, call)
             kept, consts = save(args, outs)
             ctx.save_for_backward(*kept)
             ctx.set_materialize_grads(False)
             # On a GPU, backward runs in a thread that doesn't see the caller's context.
-            ctx.consts = consts, backend.forced()
-            public = op.public(args, outs)
+            ctx.consts = consts, call, backend.forced()
+            public = outs[0] if call.alone else op.public(args, outs)
             if isinstance(public, tuple):  # of several, the first is the value, the rest are indices or statistics
                 ctx.mark_non_differentiable(*public[1:])
             return public
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            consts, call, forced = ctx.consts
             if grads[0] is None:
-                return (None,) * (count + 1)
-            saved, needs, (consts, forced) = ctx.saved_tensors, ctx.needs_input_grad[1:], ctx.consts
-            return None, *once(lambda: differentiate(saved, consts, grads, needs), forced, op.name)
+                return (None,) * len(ctx.needs_input_grad)
+            saved, needs = ctx.saved_tensors, call.spread((*ctx.needs_input_grad, False))
+            return None, *call.pick(once(lambda: differentiate(saved, consts, grads, needs), forced, op.name))
 
     _name(Function, op)
     # Function.apply itself looks for transforms, of which there are none here, and unwraps what they left behind, which

@@ -69,6 +69,11 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def _all_of(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Takes these places out of a tuple: a tuple, of one place too."""
+    return operator.itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
+
+
 # Options beyond these are spelled out in each call: a slope on a schedule must not fill the kernels' table.
 MOST_CALLS = 1024
 
@@ -76,19 +81,22 @@ MOST_CALLS = 1024
 class Call:
     """What all calls of an op share that have the same options and the same tensors present.
 
-    pick: takes the tensors that are there out of the arguments; maps: the places of the feature maps among them
+    pick: takes the tensors that are there out of the arguments, or one value for each of them out of a tuple with one
+        for each tensor argument; spread: the other way round, out of (_, *values, default)
+    maps: the places of the feature maps among them
     number: of these options in the compiled kernel's table, None before its first run, -1 where the table is full
     alone: whether the kernel of the first output alone will do
     """
 
-    __slots__ = ("alone", "maps", "mask", "number", "pick")
+    __slots__ = ("alone", "maps", "mask", "number", "pick", "spread")
 
     def __init__(self, op: "Op", args: tuple[Any, ...]) -> None:
         places = [i for i, t in enumerate(args[: op.count]) if t is not None]
         if not places:
             raise IndexError("no tensor")  # the op's check says it in better words
-        several = places if len(places) > 1 else [slice(i, i + 1) for i in places]
-        self.pick: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] = operator.itemgetter(*several)
+        self.pick = _all_of(places)
+        one = [1 + places.index(i) if i in places else -1 for i in range(op.count)]
+        self.spread = _all_of(one)
         self.maps = tuple(i for _, i in op.map_indices if args[i] is not None)
         self.mask = sum(1 << i for i in places)
         self.number: int | None = None

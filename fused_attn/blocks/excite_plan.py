@@ -56,7 +56,7 @@ class ExcitePlan(Plan):
 
     __slots__ = (
         "act", "act_place", "dim", "first", "gate", "gate_place", "max_weight", "norm", "offset", "second", "simple",
-        "slope",
+        "slope", "usual",
     )  # fmt: skip
     fits_tail = True
 
@@ -110,6 +110,10 @@ class ExcitePlan(Plan):
         self.simple = (
             fc2 is not None and self.norm is None and self.act_place is None and self.gate_place is None and not offset
         )
+        if self.simple:
+            self.usual = pool_mlp_scale.at(
+                self.act, self.gate, self.slope, "none", 1e-5, self.max_weight, "split", "identity", 0.01
+            )
         if offset and (self.norm or self.max_weight):
             raise Refused("a gate that the input is added to has a norm or a maximum, which no published form has")
 
@@ -148,12 +152,10 @@ class ExcitePlan(Plan):
     ) -> Tensor:
         first: dict[str, Any] = self.first
         second: Any = self.second
-        if self.simple:
-            return pool_mlp_scale(
+        if self.simple and epilogue == "identity":
+            return self.usual(
                 x, first["weight"], first["bias"], second["weight"], second["bias"],
-                None, None, None, None, None, None,
-                residual, self.act, self.gate, self.slope, "none", 1e-5, self.max_weight, "split",
-                epilogue, epilogue_slope,
+                None, None, None, None, None, None, residual,
             )  # fmt: skip
         if self.offset:
             return pool_scale(x, self.network(), *self.tensors(), residual=residual, act=epilogue, slope=epilogue_slope)
