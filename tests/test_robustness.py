@@ -563,6 +563,32 @@ def test_torch_compile(order: str) -> None:
     assert check()
 
 
+def test_compilers_fuse_gates_of_means_where_nothing_is_differentiated() -> None:
+    """With the norm in front of the gate, which they can't join to an operator. Exported programs, whose reader may be
+    no compiler, keep the op."""
+    torch._dynamo.reset()
+    ours, theirs, graphs = net().eval(), net().eval(), []
+    fuse_(ours)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def ops(graph: torch.fx.GraphModule) -> int:
+        return sum(
+            isinstance(n.target, torch._ops.OpOverload) and "fused_attn" in str(n.target) for n in graph.graph.nodes
+        )
+
+    compiled = torch.compile(ours, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert relative(compiled(images()), theirs(images())) < 1e-10
+    assert relative(compiled(images()), theirs(images())) < 1e-10
+    assert [ops(graph) for graph in graphs] == [0, len(FUSED)]
+    for strict in (False, True):
+        with torch.no_grad():
+            assert ops(torch.export.export(ours, (images(),), strict=strict)) == len(FUSED)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_jit_script() -> None:
     """It compiles source, and a plan isn't in the source: the complaint says what to do."""
