@@ -39,7 +39,7 @@ from .blocks import (
     ShuffleAttention,
     SpatialGroupEnhance,
 )
-from .blocks.chain import joined
+from .blocks.chain import joined, weighed
 from .blocks.residual_attention import AttentionMask, PreActivationUnit
 
 __all__ = [
@@ -122,9 +122,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inplanes, H, W) to (N, 4·planes, H/stride, W/stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.conv2(joined(self.bn1, None, self.conv1(x)))
-        if self.bn2 is not None:
-            x = joined(self.bn2, None, x)
+        x = joined(self.bn1, None, self.conv1(x))
+        x = self.conv2(x) if self.bn2 is None else weighed(self.conv2, self.bn2, x)
         gate = None if self.gate is None else self.get_submodule(self.gate)
         return joined(self.bn3, gate, self.conv3(x), shortcut)
 

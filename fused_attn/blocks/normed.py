@@ -6,8 +6,13 @@ With x̄ the mean of a sample's plane, z has the mean z̄ = a·(x̄ − μ) + β
 
     y = act(scale·(x − x̄) + shift + residual),   scale = s·a,   shift = s·z̄
 
-which `moments_affine` computes: μ and var come from the same moments as x̄, or are running ones. Ioffe and Szegedy,
-arXiv:1502.03167, alg. 1; running statistics keep the variance of n values, divided by n − 1, as PyTorch's do.
+which `moments_affine` computes: μ and var come from the same moments as x̄, or are running ones. A gate may stand before
+the norm, too, if it is a function of x̄ (PSA's): s·x has the moments s·x̄ and s²·m2, of which μ and var are made, and
+
+    y = act(scale·(x − x̄) + shift),   scale = a·s,   shift = a·(s·x̄ − μ) + β
+
+Ioffe and Szegedy, arXiv:1502.03167, alg. 1; running statistics keep the variance of n values, divided by n − 1, as
+PyTorch's do.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +27,7 @@ from ..layout import accumulator
 from ..ops.affine_apply import affine_apply
 from ..ops.affine_pool_scale import affine_pool_scale
 from ..ops.batch_affine import batch_affine, formula
+from ..ops.branch_affine import branch_moments_affine
 from ..ops.moments_affine import moments_affine
 from ..plan import PLAIN, path, vars_of
 from .norms import affine, keep, uses_batch
@@ -220,6 +226,19 @@ class _Map:
             both = both * self.excite(both[1], *rest)
         return both if statistics is None else (both, statistics)
 
+    def ahead(self, given: Tensor, *tensors: Tensor) -> Any:
+        """Scale and shift of a gate of the means and of the norm behind it, relative to the means of the planes."""
+        assert self.excite is not None
+        own = len(self.tensors)
+        s = self.excite(given[0] if self.batch else given, *tensors[own:])
+        if self.batch:
+            both, statistics, _ = self.both(torch.stack([s * given[0], s.square() * given[1]]), *tensors[:own])
+            assert statistics is not None
+            return torch.stack([both[0] * s, both[1]]), statistics
+        both, _, _ = self.both(*tensors[:own])
+        mu = tensors[self.weighted + self.biased].to(self.acc)
+        return torch.stack([both[0] * s, (s * given - mu) * both[0] + both[1]])
+
     def inside(self, *given: Tensor) -> Any:
         """Scale and shift of the norm alone: relative to the plane's mean, or to the running one."""
         both, statistics, _ = self.both(*given)
@@ -255,6 +274,25 @@ def run_inside(norm: Norm, gate: Gate, x: Tensor, act: str, slope: float = 0.01)
         x, maps.inside, excite, maps.tensors, tensors, moments=maps.batch, centre=centre, act=act, slope=slope
     )
     return _kept(norm, maps, out)
+
+
+def merged(maps: Sequence[Tensor]) -> Tensor:
+    """What stands for the map that branches are concatenated into, wherever only its shape and dtype are asked for."""
+    x = maps[0]
+    return x.detach().new_empty(()).expand(x.shape[0], len(maps) * x.shape[1], *x.shape[2:])
+
+
+def run_ahead(
+    norm: Norm, gate: Gate, maps: Sequence[Tensor], merge: str, act: str = "identity", slope: float = 0.01
+) -> Tensor:
+    """act(norm(s·x)), x the branches side by side, s = gate of the means of x: the gate before the norm."""
+    excite, tensors = gate
+    of = _Map(norm, merged(maps), excite)
+    out = branch_moments_affine(
+        *maps, excite=of.ahead, params=(*of.tensors, *tensors), merge=merge,
+        descriptor="moments" if of.batch else "mean", act=act, slope=slope,
+    )  # fmt: skip
+    return _kept(norm, of, out)
 
 
 def _centre(norm: Norm, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from .affine_apply import affine_apply
 from .affine_pool_scale import affine_pool_scale
 from .batch_affine import batch_affine
+from .branch_affine import branch_moments_affine
 from .branch_pool import branch_pool
 from .branch_scale import branch_scale
 from .branch_softmax import branch_softmax
@@ -29,6 +30,7 @@ __all__ = [
     "affine_pool_scale",
     "bam_scale",
     "batch_affine",
+    "branch_moments_affine",
     "branch_pool",
     "branch_scale",
     "branch_softmax",
