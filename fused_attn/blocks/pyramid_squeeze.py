@@ -160,9 +160,7 @@ def _authors(where: str) -> Rule:
 
 # The authors' repository is no package: its classes are named by wherever the file is imported from. The fingerprints
 # are those of its published source (models/epsanet.py, models/SE_weight_module.py).
-RULES = register(
-    *(_authors(f"{where}.PSAModule") for where in ("models.epsanet", "epsanet", "EPSANet.models.epsanet"))
-)
+RULES = register(*(_authors(f"{where}.PSAModule") for where in ("models.epsanet", "epsanet", "EPSANet.models.epsanet")))
 by_structure("PSAModule", _authors)
 
 Block(
