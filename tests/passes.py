@@ -156,7 +156,8 @@ def counted(library, requests):
 def _serve(library, requests):
     """Each request names an op, the number of a case or arguments, a dtype, the layouts of inputs and gradient; with
     `around`, `branch_softmax` is called on the branches of `branch_scale`, pooled each or their sum; with `tail`, what
-    owns a normalisation and the gate behind it, on the arguments of `affine_apply`.
+    owns a normalisation and the gate behind it, on the arguments of `affine_apply`; with `ahead`, what owns branches and
+    a gate before a norm, with this activation, on those of `branch_scale`.
 
     Answers, for each, in passes: "inference", "forward", "backward" end to end, and "launches" as
     [op, reads, writes, budget]; "aten" lists what ran around the kernels.
@@ -187,6 +188,7 @@ def _serve(library, requests):
         op = fused_attn.OPS[request["op"]]
         call = (
             _around_branches(request["around"]) if "around" in request
+            else _ahead(request["ahead"]) if "ahead" in request
             else _tail(request["tail"]) if "tail" in request
             else op
         )  # fmt: skip
@@ -233,6 +235,19 @@ def _around_branches(each):
         splits = gate.shape[1] if len(maps) == 1 else 1
         excite = (lambda p: p) if each else lambda p: p.repeat(1, gate.shape[1])
         return ops.branch_softmax(*maps, excite=excite, splits=splits, each=each, merge=merge)
+
+    return call
+
+
+def _ahead(act):
+    """`branch_moments_affine` in the place of `branch_scale`, with an excite of no size that uses all it gets."""
+    from fused_attn import ops
+
+    def call(x, gate, *rest):
+        *more, merge = rest
+        maps = [x, *(t for t in more if t is not None)]
+        excite = lambda moments, gate: torch.stack([gate.flatten(1) * (1 + moments[1]).rsqrt(), moments[0]])
+        return ops.branch_moments_affine(*maps, excite=excite, params=(gate,), merge=merge, act=act)
 
     return call
 

@@ -49,6 +49,9 @@ TAILS = {
     "kept norm, silu, gate": ("affine_pool_scale, kept", dict(AFFINE, act="silu"), (2, 1), (4, 1)),
     "kept norm, relu, gate": ("affine_pool_scale, kept", dict(AFFINE, act="relu"), (2, 1), (4, 1)),
 }
+# A gate of branches before its norm: four maps of a quarter. By activation.
+AHEAD = dict(x=MAP, x1=MAP, x2=MAP, x3=MAP, gate=[4, 4, 16], merge="concat_reversed")
+AHEADS = {"relu": ((2, 1), (4, 1)), "silu": ((2, 1), (4, 1)), "identity": ((2, 1), (4, 1))}
 LAYOUTS = ("contiguous", "channels_last")
 SLACK = 0.05  # the first maximum of a plane is read again where it lies: one element of 35 in the smallest case
 
@@ -82,6 +85,10 @@ REQUESTS = [
     for tail, args, *_ in TAILS.values()
     for layout in LAYOUTS
     for dtype in ("float32", "bfloat16")
+] + [
+    dict(op="branch_scale", ahead=act, args=AHEAD, layout=layout)
+    for act in AHEADS
+    for layout in LAYOUTS
 ]  # fmt: skip
 
 
@@ -184,6 +191,18 @@ def test_tails_end_to_end(answers, what, layout, dtype):
         passes = Passes(**answer[mode])
         assert passes.reads == pytest.approx(reads, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
         assert passes.writes == pytest.approx(writes, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+    assert answer["inference"] == answer["forward"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", AHEADS)
+def test_branches_before_a_norm_end_to_end(answers, act, layout):
+    """PSA, BatchNorm, ReLU: of the whole map 2 reads and a write forward, 4 and a write backward, and no less."""
+    answer = next(a for r, a in answers if r.get("ahead") == act and r["layout"] == layout)
+    for mode, (reads, writes) in zip(("forward", "backward"), AHEADS[act], strict=True):
+        passes = Passes(**answer[mode])
+        assert passes.reads / 4 == pytest.approx(reads, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+        assert passes.writes / 4 == pytest.approx(writes, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
     assert answer["inference"] == answer["forward"]
 
 
