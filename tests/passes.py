@@ -156,8 +156,8 @@ def counted(library, requests):
 def _serve(library, requests):
     """Each request names an op, the number of a case or arguments, a dtype, the layouts of inputs and gradient; with
     `around`, `branch_softmax` is called on the branches of `branch_scale`, pooled each or their sum; with `tail`, what
-    owns a normalisation and the gate behind it, on the arguments of `affine_apply`; with `ahead`, what owns branches and
-    a gate before a norm, with this activation, on those of `branch_scale`.
+    owns a normalisation and the gate behind it, on the arguments of `affine_apply`; with `ahead`, what owns branches, a
+    gate and a norm behind it, with this activation, on those of `branch_scale`.
 
     Answers, for each, in passes: "inference", "forward", "backward" end to end, and "launches" as
     [op, reads, writes, budget]; "aten" lists what ran around the kernels.

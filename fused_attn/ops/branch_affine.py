@@ -117,8 +117,9 @@ def branch_affine(
 ) -> Tensor:  # fmt: skip
     """`affine_apply` of the merged branches: y (N, B·C, *S) lies as they do."""
     maps = branches.given(x, (x1, x2, x3, x4, x5, x6, x7))
-    small = [[None] * len(maps) if t is None else _apart(t, merge, len(maps)) for t in (scale, shift, centre)]
-    found = [affine(t, *own, act=act, slope=slope) for t, *own in zip(maps, *small, strict=True)]  # type: ignore[arg-type]
+    by, to = _apart(scale, merge, len(maps)), _apart(shift, merge, len(maps))
+    at: Sequence[Tensor | None] = [None] * len(maps) if centre is None else _apart(centre, merge, len(maps))
+    found = [affine(t, *own, None, None, act, slope) for t, *own in zip(maps, by, to, at, strict=True)]
     return branches.lying(x, _together(found, merge))
 
 
