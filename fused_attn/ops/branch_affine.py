@@ -119,7 +119,7 @@ def branch_affine(
     maps = branches.given(x, (x1, x2, x3, x4, x5, x6, x7))
     by, to = _apart(scale, merge, len(maps)), _apart(shift, merge, len(maps))
     at: Sequence[Tensor | None] = [None] * len(maps) if centre is None else _apart(centre, merge, len(maps))
-    found = [affine(t, *own, None, None, act, slope) for t, *own in zip(maps, by, to, at, strict=True)]
+    found = [affine(t, a, b, m, None, None, act, slope) for t, a, b, m in zip(maps, by, to, at, strict=True)]
     return branches.lying(x, _together(found, merge))
 
 
