@@ -961,6 +961,76 @@ inline constexpr const char* project_spelled_schema =
     "project_spelled(Tensor[] tensors, int mask) -> (Tensor, Tensor)";
 inline constexpr const char* project_options_schema = "project_options(int mask) -> int";
 
+struct gate_shuffle_options {
+  int64_t mask;
+  int64_t k;
+  std::string act;
+  double slope;
+};
+inline int64_t gate_shuffle_register(int64_t mask, int64_t k, const std::string& act, double slope) {
+  return Table<gate_shuffle_options>::add({mask, k, act, slope});
+}
+Tensor gate_shuffle_cpu(const Tensor& x, const Tensor& mean, const Tensor& values, const std::optional<Tensor>& residual, int64_t k, const std::string& act, double slope);
+inline Tensor gate_shuffle_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const gate_shuffle_options& o = Table<gate_shuffle_options>::at(options);
+  return gate_shuffle_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.k, o.act, o.slope);
+}
+inline constexpr const char* gate_shuffle_schema =
+    "gate_shuffle(Tensor[] tensors, int options) -> Tensor";
+inline Tensor gate_shuffle_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t k, const std::string& act, double slope) {
+  return gate_shuffle_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), k, act, slope);
+}
+inline constexpr const char* gate_shuffle_spelled_schema =
+    "gate_shuffle_spelled(Tensor[] tensors, int mask, int k, str act, float slope) -> Tensor";
+inline constexpr const char* gate_shuffle_options_schema = "gate_shuffle_options(int mask, int k, str act, float slope) -> int";
+
+struct gate_shuffle_reduce_options {
+  int64_t mask;
+  int64_t k;
+  std::string act;
+  double slope;
+  bool residual;
+};
+inline int64_t gate_shuffle_reduce_register(int64_t mask, int64_t k, const std::string& act, double slope, bool residual) {
+  return Table<gate_shuffle_reduce_options>::add({mask, k, act, slope, residual});
+}
+std::tuple<Tensor, Tensor> gate_shuffle_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& mean, const Tensor& values, const std::optional<Tensor>& aux, int64_t k, const std::string& act, double slope, bool residual);
+inline std::tuple<Tensor, Tensor> gate_shuffle_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const gate_shuffle_reduce_options& o = Table<gate_shuffle_reduce_options>::at(options);
+  return gate_shuffle_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), o.k, o.act, o.slope, o.residual);
+}
+inline constexpr const char* gate_shuffle_reduce_schema =
+    "gate_shuffle_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> gate_shuffle_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t k, const std::string& act, double slope, bool residual) {
+  return gate_shuffle_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), k, act, slope, residual);
+}
+inline constexpr const char* gate_shuffle_reduce_spelled_schema =
+    "gate_shuffle_reduce_spelled(Tensor[] tensors, int mask, int k, str act, float slope, bool residual) -> (Tensor, Tensor)";
+inline constexpr const char* gate_shuffle_reduce_options_schema = "gate_shuffle_reduce_options(int mask, int k, str act, float slope, bool residual) -> int";
+
+struct gate_shuffle_apply_options {
+  int64_t mask;
+  int64_t k;
+  std::string act;
+  double slope;
+};
+inline int64_t gate_shuffle_apply_register(int64_t mask, int64_t k, const std::string& act, double slope) {
+  return Table<gate_shuffle_apply_options>::add({mask, k, act, slope});
+}
+Tensor gate_shuffle_apply_cpu(const Tensor& x, const Tensor& dy, const Tensor& mean, const Tensor& values, const Tensor& tilt, const Tensor& level, int64_t k, const std::string& act, double slope);
+inline Tensor gate_shuffle_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const gate_shuffle_apply_options& o = Table<gate_shuffle_apply_options>::at(options);
+  return gate_shuffle_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), o.k, o.act, o.slope);
+}
+inline constexpr const char* gate_shuffle_apply_schema =
+    "gate_shuffle_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor gate_shuffle_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t k, const std::string& act, double slope) {
+  return gate_shuffle_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), k, act, slope);
+}
+inline constexpr const char* gate_shuffle_apply_spelled_schema =
+    "gate_shuffle_apply_spelled(Tensor[] tensors, int mask, int k, str act, float slope) -> Tensor";
+inline constexpr const char* gate_shuffle_apply_options_schema = "gate_shuffle_apply_options(int mask, int k, str act, float slope) -> int";
+
 struct plane_conv_options {
   int64_t mask;
 };

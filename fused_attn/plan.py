@@ -172,6 +172,12 @@ class Plan:
         depends on more."""
         return None
 
+    def planes(self) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...], int] | None:
+        """The gate as a sigmoid, at each position, of a function of its input's planes, behind which channels are
+        shuffled: what `moments_gate_shuffle` runs. (means, variances, tensors) -> what the input less its mean is
+        multiplied by, and the offset, (N, C); those tensors; and K. None where it is another."""
+        return None
+
     def maps(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """The maps that the gate weighs and merges, where a norm may stand behind it; None where it doesn't take x."""
         return None

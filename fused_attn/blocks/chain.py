@@ -339,6 +339,8 @@ class TailPlan(Plan):
         def words(norm: bool, act: bool, gate: nn.Module | None, add: bool = False) -> list[str]:
             its = None if gate is None else plan_of(gate)
             apart = norm and gate is not None and (its is None or its.means() is None)
+            if add and its is not None and its.planes() is not None:
+                apart = False
             first = [w for w, there in (("norm", norm and not (apart and add)), ("act", act and not add)) if there]
             rest = [w for w, there in (("gate", gate is not None), ("add", add), ("act", act and add)) if there]
             if apart and not add:  # the gate needs more than means, so it isn't in the norm's step
@@ -354,6 +356,20 @@ class TailPlan(Plan):
         if self.norm is not None or self.gated:
             found += words(self.norm is not None, self.epilogue != "identity", self.end, True)
         return ", ".join(dict.fromkeys(found))
+
+
+def _with_norm(plan: Plan | None, gated: bool) -> Callable[..., Tensor] | None:
+    """What computes a norm with what follows it, (norm, x, shortcut, act, slope) -> y; None where the gate needs more
+    of the norm's output than moments. gated: whether there is a gate, whose plan it is"""
+    if not gated:
+        return lambda norm, *given: normed.run(norm, None, *given)
+    if plan is None:
+        return None
+    if (means := plan.means()) is not None:
+        return lambda norm, *given: normed.run(norm, means, *given)
+    if (planes := plan.planes()) is not None:
+        return lambda norm, *given: normed.run_planes(norm, planes, *given)
+    return None
 
 
 def _extracting(x: Any) -> bool:
@@ -431,9 +447,9 @@ def forward(self: Any, x: Tensor) -> Tensor:
             x = _run(step, x)
         shortcut = tail.shortcut(self, given) if plan.skips else None
     together = norm is not None and _together(norm, x)
-    means = gate.means() if together and gate is not None else None
-    if norm is not None and (not together or (gate is not None and means is None)):
-        x, norm = plan.last(x), None  # type: ignore[misc]  # such a gate needs more of the norm's output than its means
+    run = _with_norm(gate, gate is not None) if together else None
+    if norm is not None and run is None:
+        x, norm = plan.last(x), None  # type: ignore[misc]
     joined, drops = True, plan.drops()
     if norm is None and gate is None:
         joined = False
@@ -451,7 +467,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
             )
             joined = False
         end = (shortcut, plan.epilogue, plan.slope) if joined else (None, "identity", 0.01)
-        x = normed.run(norm, means, x, *end) if norm is not None else gate.run(x, *end)  # type: ignore[union-attr]
+        x = run(norm, x, *end) if run is not None else gate.run(x, *end)  # type: ignore[union-attr]
     if not joined:
         x = children[tail.drop_path](x) if drops else x
         if shortcut is not None:
@@ -473,9 +489,9 @@ def joined(
     view = normed.read(norm) if tampered(norm) is None else None
     if view is not None and _together(view, x):
         plan = None if gate is None or _more_than_its_plan(gate) is not None else ready(gate)
-        means = None if plan is None or not plan.fits_tail else plan.means()
-        if gate is None or means is not None:
-            return normed.run(view, means, x, shortcut, act)
+        run = _with_norm(plan if plan is not None and plan.fits_tail else None, gate is not None)
+        if run is not None:
+            return run(view, x, shortcut, act)
     x = norm(x)
     if gate is not None:
         return gate(x, shortcut, act)

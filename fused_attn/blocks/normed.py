@@ -11,6 +11,7 @@ the norm, too, if it is a function of x̄ (PSA's): s·x has the moments s·x̄ a
 
     y = act(scale·(x − x̄) + shift),   scale = a·s,   shift = a·(s·x̄ − μ) + β
 
+And a gate that normalises the planes of z, shuffle attention's, needs their variances besides, which are a²·m2/S.
 Ioffe and Szegedy, arXiv:1502.03167, alg. 1; running statistics keep the variance of n values, divided by n − 1, as
 PyTorch's do.
 """
@@ -29,6 +30,7 @@ from ..ops.affine_pool_scale import affine_pool_scale
 from ..ops.batch_affine import batch_affine, formula
 from ..ops.branch_affine import branch_moments_affine
 from ..ops.moments_affine import moments_affine
+from ..ops.moments_gate_shuffle import moments_gate_shuffle
 from ..plan import PLAIN, path, vars_of
 from .norms import affine, keep, uses_batch
 
@@ -226,6 +228,21 @@ class _Map:
             both = both * self.excite(both[1], *rest)
         return both if statistics is None else (both, statistics)
 
+    def planes(self, given: Tensor, *tensors: Tensor) -> Any:
+        """What `moments_gate_shuffle` asks for, of the norm and of a gate of the means and variances of its planes."""
+        assert self.excite is not None
+        own = len(self.tensors)
+        if self.batch:
+            both, statistics, _ = self.both(given, *tensors[:own])
+        else:
+            both, statistics, _ = self.both(*tensors[:own])
+            mu = tensors[self.weighted + self.biased].to(self.acc)
+            both = torch.stack([both[0], (given[0] - mu) * both[0] + both[1]])
+        scale, mean = both
+        steep, offset = self.excite(mean, scale.square() * given[1] / self.size, *tensors[own:])
+        values = torch.stack([scale, mean, steep * scale, offset])
+        return values if statistics is None else (values, statistics)
+
     def ahead(self, given: Tensor, *tensors: Tensor) -> Any:
         """Scale and shift of a gate of the means and of the norm behind it, relative to the means of the planes."""
         assert self.excite is not None
@@ -274,6 +291,20 @@ def run_inside(norm: Norm, gate: Gate, x: Tensor, act: str, slope: float = 0.01)
         x, maps.inside, excite, maps.tensors, tensors, moments=maps.batch, centre=centre, act=act, slope=slope
     )
     return _kept(norm, maps, out)
+
+
+def run_planes(
+    norm: Norm, gate: tuple[Callable[..., Any], Sequence[Tensor], int], x: Tensor, residual: Tensor | None = None,
+    act: str = "identity", slope: float = 0.01,
+) -> Tensor:  # fmt: skip
+    """act(gate(norm(x)) + residual), the gate shuffle attention: of the means and variances of the planes of norm(x).
+
+    gate: as `Plan.planes` returns it
+    """
+    logits, tensors, k = gate
+    maps = _Map(norm, x, logits)
+    given = (*maps.tensors, *tensors)
+    return _kept(norm, maps, moments_gate_shuffle(x, maps.planes, *given, k=k, residual=residual, act=act, slope=slope))
 
 
 def merged(maps: Sequence[Tensor]) -> Tensor:

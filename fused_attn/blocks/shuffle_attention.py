@@ -14,13 +14,14 @@ What differs between published versions:
     shuffle     the authors' `channel_shuffle` with 2 groups: channel j goes to 2j, channel C/2 + j to 2j + 1
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import activations
-from ..ops.plane_gate_shuffle import plane_gate_shuffle, shuffled
+from ..ops.plane_gate_shuffle import halves, joined, plane_gate_shuffle, shuffled
 from ..plan import Plan, Planned, Refused, path, ready, renew, usual
 from ..registry import Block, case
 
@@ -60,6 +61,20 @@ class ShufflePlan(Plan):
             x, own["cweight"], own["cbias"], own["sweight"], own["sbias"], norm["weight"], norm["bias"],
             residual, self.eps, epilogue, epilogue_slope,
         )  # fmt: skip
+
+    def planes(self) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...], int]:
+        own, norm, eps = self.parameters, self.norm, self.eps
+        weights = *(own[name] for name in ("cweight", "cbias", "sweight", "sbias")), norm["weight"], norm["bias"]
+        k = weights[0].numel()
+
+        def logits(mean: Tensor, var: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+            cw, cb, sw, sb, nw, nb = (t.reshape(-1).to(mean.dtype) for t in given)
+            first = halves(mean, k)[0]
+            rstd = (halves(var, k)[1] + eps).rsqrt()
+            steep = joined(torch.zeros_like(first), sw * nw * rstd)
+            return steep, joined(cw * first + cb, (sw * nb + sb).expand_as(rstd))
+
+        return logits, weights, k
 
 
 class ShuffleAttention(Planned):

@@ -125,6 +125,11 @@ def _epsa(where: str) -> Rule:
     return tail_rule(where, ("5470e91340cb",), Tail((*_SENET, "conv3", "bn3"), None, "relu", inplace=True))
 
 
+def _sa(where: str) -> Rule:
+    """SA-Net's bottleneck, the authors' (models/sa_resnet.py)."""
+    return tail_rule(where, ("5222324906b8",), Tail((*_SENET, "conv3", "bn3"), "sa", "relu", inplace=True))
+
+
 _UNIT = (("body",), "se", "activ", None)
 _SENET = ("conv1", "bn1", "relu", "conv2", "bn2", "relu")
 TAILS = register(
@@ -275,3 +280,5 @@ TAILS = register(
 )  # fmt: skip
 TAILS += register(*(_epsa(f"{where}.EPSABlock") for where in ("models.epsanet", "epsanet", "EPSANet.models.epsanet")))
 by_structure("EPSABlock", _epsa)
+TAILS += register(*(_sa(f"{where}.SABottleneck") for where in ("models.sa_resnet", "sa_resnet")))
+by_structure("SABottleneck", _sa)

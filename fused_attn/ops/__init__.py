@@ -14,6 +14,7 @@ from .group_similarity_scale import group_similarity_scale
 from .map_scale import map_scale
 from .merge_scale import bam_scale, scse_scale
 from .moments_affine import moments_affine
+from .moments_gate_shuffle import moments_gate_shuffle
 from .plane_conv import plane_conv
 from .plane_gate_shuffle import plane_gate_shuffle
 from .pool_conv_scale import pool_conv_scale
@@ -40,6 +41,7 @@ __all__ = [
     "group_similarity_scale",
     "map_scale",
     "moments_affine",
+    "moments_gate_shuffle",
     "plane_conv",
     "plane_gate_shuffle",
     "pool_conv_scale",
