@@ -32,7 +32,7 @@ from .support import importable, table
 
 MODES = ("forward", "forward+backward")
 WITHOUT = "fused without the gate"
-APART = "fused apart"  # the gate, and then the norm with its activation
+APART = "fused apart"  # the gate and the norm one after the other, each with what it could have before they were one
 TAIL = "tail with SE"  # BatchNorm, SE, shortcut, ReLU
 SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # C and H = W of the stages of ResNet-50
 
@@ -178,6 +178,36 @@ def _tail(gate: Callable[[int], nn.Module] | None) -> Callable[[int], Pair]:
     return make
 
 
+class _Planes(nn.Module):
+    """A norm, shuffle attention, the shortcut and ReLU, in the library's block.
+
+    apart: the norm, and then the gate with what follows it; else as one, whatever the size of the map
+    """
+
+    def __init__(self, module: published.Tail, channels: int, apart: bool) -> None:
+        super().__init__()
+        assert module.gate is not None
+        self.block = fused_attn.ShuffleAttention(channels)
+        self.block.load_state_dict(module.gate.state_dict())
+        self.bn, self.apart = copy.deepcopy(module.bn), apart
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        found, norm = plan.ready(self.block), normed.read(self.bn)
+        assert found is not None
+        assert norm is not None
+        if self.apart:
+            return found.run(self.bn(x), shortcut, "relu", 0.01)
+        planes = found.planes()
+        assert planes is not None
+        return normed.run_planes(norm, planes, x, shortcut, "relu")
+
+
+def _planes(c: int) -> Pair:
+    module = published.Tail(c, published.Shuffle(c))
+    beside = (APART, _Planes(module, c, True))
+    return Pair(module, _Planes(module, c, False), "published equations and torch.nn", beside)
+
+
 def _inner(c: int) -> Pair:
     module = published.Inner(c, _layer("SEModule")(c))
     return Pair(module, _Normed(module), "torch.nn and timm")
@@ -258,6 +288,7 @@ CONTESTS = {
         Contest("tail with ECA", _tail(_layer("EcaModule")), _two, "timm"),
         Contest("tail without a gate", _tail(None), _two),
         Contest("tail of PSA", _ahead, lambda n, c, s: [(n, c // 4, s, s)] * 4),
+        Contest("tail with Shuffle Attention", _planes, _two),
         Contest("BatchNorm, SiLU, SE", _inner, needs="timm"),
         Contest("f1", _function(published.sigmoid_scale, lambda z, t: _ops.map_scale(t, z)), _two),
         Contest("f2", _function(published.channel_norm_scale, lambda z, t: _ops.map_scale(t, z, "channels")), _two),

@@ -234,12 +234,13 @@ class _Map:
         own = len(self.tensors)
         if self.batch:
             both, statistics, _ = self.both(given, *tensors[:own])
+            scale, mean = both.unbind()
         else:
             both, statistics, _ = self.both(*tensors[:own])
             mu = tensors[self.weighted + self.biased].to(self.acc)
-            both = torch.stack([both[0], (given[0] - mu) * both[0] + both[1]])
-        scale, mean = both
-        steep, offset = self.excite(mean, scale.square() * given[1] / self.size, *tensors[own:])
+            scale = both[0]
+            mean = (given[0] - mu) * scale + both[1]
+        steep, offset = self.excite(mean, scale.square() * (given[1] / self.size), *tensors[own:])
         values = torch.stack([scale, mean, steep * scale, offset])
         return values if statistics is None else (values, statistics)
 
@@ -247,11 +248,14 @@ class _Map:
         """Scale and shift of a gate of the means and of the norm behind it, relative to the means of the planes."""
         assert self.excite is not None
         own = len(self.tensors)
-        s = self.excite(given[0] if self.batch else given, *tensors[own:])
         if self.batch:
-            both, statistics, _ = self.both(torch.stack([s * given[0], s.square() * given[1]]), *tensors[:own])
+            mean, m2 = given.unbind()
+            s = self.excite(mean, *tensors[own:])
+            both, statistics, _ = self.both(torch.stack([s * mean, s.square() * m2]), *tensors[:own])
             assert statistics is not None
-            return torch.stack([both[0] * s, both[1]]), statistics
+            scale, shift = both.unbind()
+            return torch.stack([scale * s, shift]), statistics
+        s = self.excite(given, *tensors[own:])
         both, _, _ = self.both(*tensors[:own])
         mu = tensors[self.weighted + self.biased].to(self.acc)
         return torch.stack([both[0] * s, (s * given - mu) * both[0] + both[1]])

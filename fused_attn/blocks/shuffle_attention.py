@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import activations
-from ..ops.plane_gate_shuffle import halves, joined, plane_gate_shuffle, shuffled
+from ..ops.plane_gate_shuffle import plane_gate_shuffle, shuffled
 from ..plan import Plan, Planned, Refused, path, ready, renew, usual
 from ..registry import Block, case
 
@@ -69,10 +69,11 @@ class ShufflePlan(Plan):
 
         def logits(mean: Tensor, var: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
             cw, cb, sw, sb, nw, nb = (t.reshape(-1).to(mean.dtype) for t in given)
-            first = halves(mean, k)[0]
-            rstd = (halves(var, k)[1] + eps).rsqrt()
-            steep = joined(torch.zeros_like(first), sw * nw * rstd)
-            return steep, joined(cw * first + cb, (sw * nb + sb).expand_as(rstd))
+            groups, none = mean.shape[1] // (2 * k), torch.zeros_like(cw)
+            # A number for each channel, so that what is computed for all samples runs along whole rows.
+            all_of = torch.stack([none, sw * nw, cw, none, cb, sw * nb + sb]).view(3, 1, 2, k)
+            by_rstd, by_mean, offset = all_of.expand(3, groups, 2, k).reshape(3, -1).unbind()
+            return by_rstd * (var + eps).rsqrt(), torch.addcmul(offset, by_mean, mean)
 
         return logits, weights, k
 

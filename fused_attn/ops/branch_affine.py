@@ -89,7 +89,7 @@ def branch_moments(
     x: Tensor, x1: Tensor | None, x2: Tensor | None, x3: Tensor | None, x4: Tensor | None, x5: Tensor | None,
     x6: Tensor | None, x7: Tensor | None, merge: str,
 ) -> Tensor:  # fmt: skip
-    """`channel_moments` of the merged branches (2, N, B·C): mean and m2, in the accumulation dtype."""
+    """Part of `branch_moments_affine`: `channel_moments` (2, N, B·C) of the merged branches."""
     found = [channel_moments.eager(t, False)[0] for t in branches.given(x, (x1, x2, x3, x4, x5, x6, x7))]
     return _together(found, merge, 2)
 
@@ -115,7 +115,7 @@ def branch_affine(
     x3: Tensor | None, x4: Tensor | None, x5: Tensor | None, x6: Tensor | None, x7: Tensor | None, merge: str,
     act: str, slope: float,
 ) -> Tensor:  # fmt: skip
-    """`affine_apply` of the merged branches: y (N, B·C, *S) lies as they do."""
+    """Part of `branch_moments_affine`: `affine_apply` of the merged branches; y (N, B·C, *S) lies as they do."""
     maps = branches.given(x, (x1, x2, x3, x4, x5, x6, x7))
     by, to = _apart(scale, merge, len(maps)), _apart(shift, merge, len(maps))
     at: Sequence[Tensor | None] = [None] * len(maps) if centre is None else _apart(centre, merge, len(maps))

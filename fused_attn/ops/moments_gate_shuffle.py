@@ -77,7 +77,7 @@ def _check(x: Tensor, mean: Tensor, values: Tensor, aux: Tensor | None, k: int, 
 def gate_shuffle(
     x: Tensor, mean: Tensor, values: Tensor, residual: Tensor | None, k: int, act: str, slope: float
 ) -> Tensor:  # fmt: skip
-    """y of the equations above. values: (4, N, C) scale, shift, steep, offset"""
+    """Part of `moments_gate_shuffle`: y of the equations above. values: (4, N, C) scale, shift, steep, offset"""
     return like(x, _whole(x, mean, values, residual, k, act, slope))
 
 
