@@ -68,6 +68,7 @@ class Plan:
 
     # Whether `run` is the module's whole forward, and takes a residual and an epilogue: what a parent's tail needs.
     fits_tail: ClassVar[bool] = False
+    by_planes: ClassVar[bool] = False  # whether it has `planes`
     traces: ClassVar[bool] = True  # whether `run` takes what torch.fx puts in a tensor's place
 
     def __init__(self, module: nn.Module, skipped: Iterable[str], fixed: Iterable[str] = ()) -> None:

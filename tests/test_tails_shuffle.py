@@ -364,6 +364,13 @@ def test_small_maps_keep_their_norm(monkeypatch):
     monkeypatch.setattr(normed, "LEAST", 10**9)
     assert relative(module(x), whole) < 1e-12
     assert names(module, x) == ["plane_gate_shuffle"]
+    # It pays later than a norm and an activation: from half as much again, without gradients from two and a half.
+    monkeypatch.setattr(normed, "LEAST", x.numel() * 2 // 3)
+    assert "gate_shuffle" in names(module, x)
+    with torch.no_grad():
+        assert "plane_gate_shuffle" in names(module, x)
+    monkeypatch.setattr(normed, "LEAST", x.numel())
+    assert "plane_gate_shuffle" in names(module, x)
 
 
 def test_a_gate_that_starts_flat():

@@ -380,7 +380,7 @@ def _extracting(x: Any) -> bool:
     )
 
 
-def _together(norm: normed.Norm, x: Any, behind_act: bool = False) -> bool:
+def _together(norm: normed.Norm, x: Any, computes: bool = False) -> bool:
     """Whether a norm is computed with what follows it. Compilers do that by themselves, tracers want its module, what
     the norm doesn't take is for its module to refuse, and for small maps it doesn't pay."""
     return (
@@ -388,7 +388,7 @@ def _together(norm: normed.Norm, x: Any, behind_act: bool = False) -> bool:
         and not is_compiling()
         and not torch.jit.is_tracing()
         and norm.takes(x)
-        and normed.pays(norm, x, behind_act)
+        and normed.pays(norm, x, computes)
     )
 
 
@@ -446,7 +446,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
         for step in plan.steps:
             x = _run(step, x)
         shortcut = tail.shortcut(self, given) if plan.skips else None
-    together = norm is not None and _together(norm, x)
+    together = norm is not None and _together(norm, x, gate is not None and gate.by_planes)
     run = _with_norm(gate, gate is not None) if together else None
     if norm is not None and run is None:
         x, norm = plan.last(x), None  # type: ignore[misc]
@@ -487,8 +487,10 @@ def joined(
     gate: one of the library's modules, or None
     """
     view = normed.read(norm) if tampered(norm) is None else None
-    if view is not None and _together(view, x):
-        plan = None if gate is None or _more_than_its_plan(gate) is not None else ready(gate)
+    plan = None
+    if view is not None and gate is not None and not is_compiling() and _more_than_its_plan(gate) is None:
+        plan = ready(gate)
+    if view is not None and _together(view, x, plan is not None and plan.by_planes):
         run = _with_norm(plan if plan is not None and plan.fits_tail else None, gate is not None)
         if run is not None:
             return run(view, x, shortcut, act)

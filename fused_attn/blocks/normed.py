@@ -46,12 +46,14 @@ Gate = tuple[Callable[..., Tensor], Sequence[Tensor]]  # a function of means (N,
 # On a CPU, how many elements a map must have for its norm to be computed with what follows it. A smaller one stays in a
 # cache, where a pass costs less than the dozen small calls around the kernels. Measured on a Xeon (2 MiB L2), one
 # thread, against PyTorch's norm and the fused gate behind it: at 0.8 M elements 1.0 to 1.5 times as fast, at 0.4 M 0.9
-# to 1.1, at 0.1 M half as fast. A gate behind an activation takes two passes that compute, and pays later.
+# to 1.1, at 0.1 M half as fast. A gate behind an activation, or one that differs from position to position, takes two
+# passes that compute, and pays later.
 LEAST = 800_000
 
 
-def pays(norm: "Norm", x: Tensor, behind_act: bool = False) -> bool:
-    """Whether a norm is worth computing with what follows it. behind_act: with a gate behind an activation."""
+def pays(norm: "Norm", x: Tensor, computes: bool = False) -> bool:
+    """Whether a norm is worth computing with what follows it. computes: with a gate behind an activation, or one that
+    differs from position to position."""
     if together(norm) is not None:  # all processes must answer the same, whatever the sizes of their batches
         return True
     if x.numel() == 0 or not has_kernel(x):
@@ -59,7 +61,7 @@ def pays(norm: "Norm", x: Tensor, behind_act: bool = False) -> bool:
     if not x.is_cpu:
         return True
     least = LEAST
-    if behind_act:
+    if computes:
         least = LEAST * 3 // 2 if torch.is_grad_enabled() else LEAST * 5 // 2
     return x.numel() >= least
 

@@ -33,6 +33,7 @@ class ShufflePlan(Plan):
 
     __slots__ = ("eps", "norm", "parameters")
     fits_tail = True
+    by_planes = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, ("gn",))
