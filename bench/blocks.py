@@ -32,6 +32,7 @@ from .support import importable, table
 
 MODES = ("forward", "forward+backward")
 WITHOUT = "fused without the gate"
+APART = "fused apart"  # the gate and the norm one after the other, each with what it could have before they were one
 TAIL = "tail with SE"  # BatchNorm, SE, shortcut, ReLU
 SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # C and H = W of the stages of ResNet-50
 
@@ -140,6 +141,34 @@ class _Normed(nn.Module):
         return normed.run(norm, gate, x, shortcut, "relu")
 
 
+class _Ahead(nn.Module):
+    """A gate of branches and the norm behind it, in the library's block.
+
+    apart: as two ops, one after the other; else as one, whatever the size of the map
+    """
+
+    def __init__(self, module: published.Ahead, channels: int, apart: bool) -> None:
+        super().__init__()
+        self.block = fused_attn.PyramidSqueezeAttention(channels, channels)
+        self.block.se.load_state_dict(module.gate.state_dict())
+        self.bn, self.apart = copy.deepcopy(module.bn), apart
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        found, norm = plan.ready(self.block), normed.read(self.bn)
+        assert found is not None
+        assert norm is not None
+        if self.apart:
+            return normed.run(norm, None, found.weighed(branches), None, "relu")
+        excite, tensors, merge = found.weighs()
+        return normed.run_ahead(norm, (excite, tensors), branches, merge, "relu")
+
+
+def _ahead(c: int) -> Pair:
+    module = published.Ahead(c)
+    beside = (APART, _Ahead(module, c, True))
+    return Pair(module, _Ahead(module, c, False), "published equations and torch.nn", beside)
+
+
 def _tail(gate: Callable[[int], nn.Module] | None) -> Callable[[int], Pair]:
     def make(c: int) -> Pair:
         module = published.Tail(c, None if gate is None else gate(c))
@@ -147,6 +176,36 @@ def _tail(gate: Callable[[int], nn.Module] | None) -> Callable[[int], Pair]:
         return Pair(module, _Normed(module), "torch.nn and timm", beside)
 
     return make
+
+
+class _Planes(nn.Module):
+    """A norm, shuffle attention, the shortcut and ReLU, in the library's block.
+
+    apart: the norm, and then the gate with what follows it; else as one, whatever the size of the map
+    """
+
+    def __init__(self, module: published.Tail, channels: int, apart: bool) -> None:
+        super().__init__()
+        assert module.gate is not None
+        self.block = fused_attn.ShuffleAttention(channels)
+        self.block.load_state_dict(module.gate.state_dict())
+        self.bn, self.apart = copy.deepcopy(module.bn), apart
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        found, norm = plan.ready(self.block), normed.read(self.bn)
+        assert found is not None
+        assert norm is not None
+        if self.apart:
+            return found.run(self.bn(x), shortcut, "relu", 0.01)
+        planes = found.planes()
+        assert planes is not None
+        return normed.run_planes(norm, planes, x, shortcut, "relu")
+
+
+def _planes(c: int) -> Pair:
+    module = published.Tail(c, published.Shuffle(c))
+    beside = (APART, _Planes(module, c, True))
+    return Pair(module, _Planes(module, c, False), "published equations and torch.nn", beside)
 
 
 def _inner(c: int) -> Pair:
@@ -228,6 +287,8 @@ CONTESTS = {
         Contest(TAIL, _tail(_layer("SEModule")), _two, "timm"),
         Contest("tail with ECA", _tail(_layer("EcaModule")), _two, "timm"),
         Contest("tail without a gate", _tail(None), _two),
+        Contest("tail of PSA", _ahead, lambda n, c, s: [(n, c // 4, s, s)] * 4),
+        Contest("tail with Shuffle Attention", _planes, _two),
         Contest("BatchNorm, SiLU, SE", _inner, needs="timm"),
         Contest("f1", _function(published.sigmoid_scale, lambda z, t: _ops.map_scale(t, z)), _two),
         Contest("f2", _function(published.channel_norm_scale, lambda z, t: _ops.map_scale(t, z, "channels")), _two),

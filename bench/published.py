@@ -121,6 +121,18 @@ class Tail(nn.Module):
         return self.act(x)  # type: ignore[no-any-return]
 
 
+class Ahead(nn.Module):
+    """What stands before the last convolution of EPSANet's bottleneck, behind the pyramid's own convolutions: PSA,
+    BatchNorm, ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gate, self.bn, self.act = PyramidSqueeze(channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        return self.act(self.bn(self.gate(*branches)))  # type: ignore[no-any-return]
+
+
 class Inner(nn.Module):
     """What stands before the last convolution of an MBConv: BatchNorm, SiLU, a gate."""
 

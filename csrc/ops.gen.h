@@ -240,6 +240,215 @@ inline constexpr const char* batch_affine_bwd_spelled_schema =
     "batch_affine_bwd_spelled(Tensor[] tensors, int mask, int size, float eps) -> (Tensor, Tensor)";
 inline constexpr const char* batch_affine_bwd_options_schema = "batch_affine_bwd_options(int mask, int size, float eps) -> int";
 
+struct scale_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string merge;
+};
+inline int64_t scale_register(int64_t mask, const std::string& act, double slope, const std::string& merge) {
+  return Table<scale_options>::add({mask, act, slope, merge});
+}
+Tensor scale_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::optional<Tensor>& residual, const std::optional<Tensor>& pixel, const std::string& act, double slope, const std::string& merge);
+inline Tensor scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const scale_options& o = Table<scale_options>::at(options);
+  return scale_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.act, o.slope, o.merge);
+}
+inline constexpr const char* scale_schema =
+    "scale(Tensor[] tensors, int options) -> Tensor";
+inline Tensor scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& merge) {
+  return scale_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), act, slope, merge);
+}
+inline constexpr const char* scale_spelled_schema =
+    "scale_spelled(Tensor[] tensors, int mask, str act, float slope, str merge) -> Tensor";
+inline constexpr const char* scale_options_schema = "scale_options(int mask, str act, float slope, str merge) -> int";
+
+struct scale_bwd_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string merge;
+  bool residual;
+};
+inline int64_t scale_bwd_register(int64_t mask, const std::string& act, double slope, const std::string& merge, bool residual) {
+  return Table<scale_bwd_options>::add({mask, act, slope, merge, residual});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bwd_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::optional<Tensor>& aux, const std::optional<Tensor>& pixel, const Tensor& dy, const std::string& act, double slope, const std::string& merge, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const scale_bwd_options& o = Table<scale_bwd_options>::at(options);
+  return scale_bwd_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), required(tensors, o.mask, 4), o.act, o.slope, o.merge, o.residual);
+}
+inline constexpr const char* scale_bwd_schema =
+    "scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& merge, bool residual) {
+  return scale_bwd_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), required(tensors, mask, 4), act, slope, merge, residual);
+}
+inline constexpr const char* scale_bwd_spelled_schema =
+    "scale_bwd_spelled(Tensor[] tensors, int mask, str act, float slope, str merge, bool residual) -> (Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* scale_bwd_options_schema = "scale_bwd_options(int mask, str act, float slope, str merge, bool residual) -> int";
+
+struct pool_scale_reduce_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string pool;
+  std::string ties;
+  bool residual;
+};
+inline int64_t pool_scale_reduce_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
+  return Table<pool_scale_reduce_options>::add({mask, act, slope, pool, ties, residual});
+}
+std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const std::optional<Tensor>& aux, const Tensor& values, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_scale_reduce_options& o = Table<pool_scale_reduce_options>::at(options);
+  return pool_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), required(tensors, o.mask, 4), o.act, o.slope, o.pool, o.ties, o.residual);
+}
+inline constexpr const char* pool_scale_reduce_schema =
+    "pool_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
+  return pool_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), required(tensors, mask, 4), act, slope, pool, ties, residual);
+}
+inline constexpr const char* pool_scale_reduce_spelled_schema =
+    "pool_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties, bool residual) -> (Tensor, Tensor, Tensor)";
+inline constexpr const char* pool_scale_reduce_options_schema = "pool_scale_reduce_options(int mask, str act, float slope, str pool, str ties, bool residual) -> int";
+
+struct pool_scale_apply_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string pool;
+  std::string ties;
+};
+inline int64_t pool_scale_apply_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties) {
+  return Table<pool_scale_apply_options>::add({mask, act, slope, pool, ties});
+}
+Tensor pool_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate, const Tensor& dpooled, const Tensor& values, const Tensor& index, const Tensor& count, const std::string& act, double slope, const std::string& pool, const std::string& ties);
+inline Tensor pool_scale_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const pool_scale_apply_options& o = Table<pool_scale_apply_options>::at(options);
+  return pool_scale_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), o.act, o.slope, o.pool, o.ties);
+}
+inline constexpr const char* pool_scale_apply_schema =
+    "pool_scale_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor pool_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties) {
+  return pool_scale_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), act, slope, pool, ties);
+}
+inline constexpr const char* pool_scale_apply_spelled_schema =
+    "pool_scale_apply_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties) -> Tensor";
+inline constexpr const char* pool_scale_apply_options_schema = "pool_scale_apply_options(int mask, str act, float slope, str pool, str ties) -> int";
+
+struct moments_affine_reduce_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  bool residual;
+};
+inline int64_t moments_affine_reduce_register(int64_t mask, const std::string& act, double slope, bool residual) {
+  return Table<moments_affine_reduce_options>::add({mask, act, slope, residual});
+}
+std::tuple<Tensor, Tensor> moments_affine_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::optional<Tensor>& aux, const std::string& act, double slope, bool residual);
+inline std::tuple<Tensor, Tensor> moments_affine_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const moments_affine_reduce_options& o = Table<moments_affine_reduce_options>::at(options);
+  return moments_affine_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), o.act, o.slope, o.residual);
+}
+inline constexpr const char* moments_affine_reduce_schema =
+    "moments_affine_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> moments_affine_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, bool residual) {
+  return moments_affine_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), act, slope, residual);
+}
+inline constexpr const char* moments_affine_reduce_spelled_schema =
+    "moments_affine_reduce_spelled(Tensor[] tensors, int mask, str act, float slope, bool residual) -> (Tensor, Tensor)";
+inline constexpr const char* moments_affine_reduce_options_schema = "moments_affine_reduce_options(int mask, str act, float slope, bool residual) -> int";
+
+struct branch_moments_options {
+  int64_t mask;
+  std::string merge;
+};
+inline int64_t branch_moments_register(int64_t mask, const std::string& merge) {
+  return Table<branch_moments_options>::add({mask, merge});
+}
+Tensor branch_moments_cpu(const Tensor& x, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge);
+inline Tensor branch_moments_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_moments_options& o = Table<branch_moments_options>::at(options);
+  return branch_moments_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), o.merge);
+}
+inline constexpr const char* branch_moments_schema =
+    "branch_moments(Tensor[] tensors, int options) -> Tensor";
+inline Tensor branch_moments_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge) {
+  return branch_moments_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), merge);
+}
+inline constexpr const char* branch_moments_spelled_schema =
+    "branch_moments_spelled(Tensor[] tensors, int mask, str merge) -> Tensor";
+inline constexpr const char* branch_moments_options_schema = "branch_moments_options(int mask, str merge) -> int";
+
+struct branch_affine_options {
+  int64_t mask;
+  std::string merge;
+  std::string act;
+  double slope;
+};
+inline int64_t branch_affine_register(int64_t mask, const std::string& merge, const std::string& act, double slope) {
+  return Table<branch_affine_options>::add({mask, merge, act, slope});
+}
+Tensor branch_affine_cpu(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge, const std::string& act, double slope);
+inline Tensor branch_affine_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_affine_options& o = Table<branch_affine_options>::at(options);
+  return branch_affine_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), o.merge, o.act, o.slope);
+}
+inline constexpr const char* branch_affine_schema =
+    "branch_affine(Tensor[] tensors, int options) -> Tensor";
+inline Tensor branch_affine_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge, const std::string& act, double slope) {
+  return branch_affine_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), optional(tensors, mask, 10), merge, act, slope);
+}
+inline constexpr const char* branch_affine_spelled_schema =
+    "branch_affine_spelled(Tensor[] tensors, int mask, str merge, str act, float slope) -> Tensor";
+inline constexpr const char* branch_affine_options_schema = "branch_affine_options(int mask, str merge, str act, float slope) -> int";
+
+struct branch_affine_reduce_options {
+  int64_t mask;
+  std::string merge;
+  std::string act;
+  double slope;
+};
+inline int64_t branch_affine_reduce_register(int64_t mask, const std::string& merge, const std::string& act, double slope) {
+  return Table<branch_affine_reduce_options>::add({mask, merge, act, slope});
+}
+Tensor branch_affine_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge, const std::string& act, double slope);
+inline Tensor branch_affine_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_affine_reduce_options& o = Table<branch_affine_reduce_options>::at(options);
+  return branch_affine_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), optional(tensors, o.mask, 11), o.merge, o.act, o.slope);
+}
+inline constexpr const char* branch_affine_reduce_schema =
+    "branch_affine_reduce(Tensor[] tensors, int options) -> Tensor";
+inline Tensor branch_affine_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge, const std::string& act, double slope) {
+  return branch_affine_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), optional(tensors, mask, 10), optional(tensors, mask, 11), merge, act, slope);
+}
+inline constexpr const char* branch_affine_reduce_spelled_schema =
+    "branch_affine_reduce_spelled(Tensor[] tensors, int mask, str merge, str act, float slope) -> Tensor";
+inline constexpr const char* branch_affine_reduce_options_schema = "branch_affine_reduce_options(int mask, str merge, str act, float slope) -> int";
+
+struct branch_affine_apply_options {
+  int64_t mask;
+  std::string merge;
+  std::string act;
+  double slope;
+};
+inline int64_t branch_affine_apply_register(int64_t mask, const std::string& merge, const std::string& act, double slope) {
+  return Table<branch_affine_apply_options>::add({mask, merge, act, slope});
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_affine_apply_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::optional<Tensor>& tilt, const std::optional<Tensor>& level, const std::optional<Tensor>& x1, const std::optional<Tensor>& x2, const std::optional<Tensor>& x3, const std::optional<Tensor>& x4, const std::optional<Tensor>& x5, const std::optional<Tensor>& x6, const std::optional<Tensor>& x7, const std::string& merge, const std::string& act, double slope);
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_affine_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const branch_affine_apply_options& o = Table<branch_affine_apply_options>::at(options);
+  return branch_affine_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), optional(tensors, o.mask, 6), optional(tensors, o.mask, 7), optional(tensors, o.mask, 8), optional(tensors, o.mask, 9), optional(tensors, o.mask, 10), optional(tensors, o.mask, 11), optional(tensors, o.mask, 12), optional(tensors, o.mask, 13), o.merge, o.act, o.slope);
+}
+inline constexpr const char* branch_affine_apply_schema =
+    "branch_affine_apply(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> branch_affine_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& merge, const std::string& act, double slope) {
+  return branch_affine_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), optional(tensors, mask, 6), optional(tensors, mask, 7), optional(tensors, mask, 8), optional(tensors, mask, 9), optional(tensors, mask, 10), optional(tensors, mask, 11), optional(tensors, mask, 12), optional(tensors, mask, 13), merge, act, slope);
+}
+inline constexpr const char* branch_affine_apply_spelled_schema =
+    "branch_affine_apply_spelled(Tensor[] tensors, int mask, str merge, str act, float slope) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+inline constexpr const char* branch_affine_apply_options_schema = "branch_affine_apply_options(int mask, str merge, str act, float slope) -> int";
+
 struct branch_pool_options {
   int64_t mask;
   int64_t splits;
@@ -345,102 +554,6 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 inline constexpr const char* branch_scale_apply_spelled_schema =
     "branch_scale_apply_spelled(Tensor[] tensors, int mask, str merge) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* branch_scale_apply_options_schema = "branch_scale_apply_options(int mask, str merge) -> int";
-
-struct scale_options {
-  int64_t mask;
-  std::string act;
-  double slope;
-  std::string merge;
-};
-inline int64_t scale_register(int64_t mask, const std::string& act, double slope, const std::string& merge) {
-  return Table<scale_options>::add({mask, act, slope, merge});
-}
-Tensor scale_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::optional<Tensor>& residual, const std::optional<Tensor>& pixel, const std::string& act, double slope, const std::string& merge);
-inline Tensor scale_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const scale_options& o = Table<scale_options>::at(options);
-  return scale_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.act, o.slope, o.merge);
-}
-inline constexpr const char* scale_schema =
-    "scale(Tensor[] tensors, int options) -> Tensor";
-inline Tensor scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& merge) {
-  return scale_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), act, slope, merge);
-}
-inline constexpr const char* scale_spelled_schema =
-    "scale_spelled(Tensor[] tensors, int mask, str act, float slope, str merge) -> Tensor";
-inline constexpr const char* scale_options_schema = "scale_options(int mask, str act, float slope, str merge) -> int";
-
-struct scale_bwd_options {
-  int64_t mask;
-  std::string act;
-  double slope;
-  std::string merge;
-  bool residual;
-};
-inline int64_t scale_bwd_register(int64_t mask, const std::string& act, double slope, const std::string& merge, bool residual) {
-  return Table<scale_bwd_options>::add({mask, act, slope, merge, residual});
-}
-std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bwd_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::optional<Tensor>& aux, const std::optional<Tensor>& pixel, const Tensor& dy, const std::string& act, double slope, const std::string& merge, bool residual);
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const scale_bwd_options& o = Table<scale_bwd_options>::at(options);
-  return scale_bwd_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), optional(tensors, o.mask, 3), required(tensors, o.mask, 4), o.act, o.slope, o.merge, o.residual);
-}
-inline constexpr const char* scale_bwd_schema =
-    "scale_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& merge, bool residual) {
-  return scale_bwd_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), optional(tensors, mask, 3), required(tensors, mask, 4), act, slope, merge, residual);
-}
-inline constexpr const char* scale_bwd_spelled_schema =
-    "scale_bwd_spelled(Tensor[] tensors, int mask, str act, float slope, str merge, bool residual) -> (Tensor, Tensor, Tensor, Tensor)";
-inline constexpr const char* scale_bwd_options_schema = "scale_bwd_options(int mask, str act, float slope, str merge, bool residual) -> int";
-
-struct pool_scale_reduce_options {
-  int64_t mask;
-  std::string act;
-  double slope;
-  std::string pool;
-  std::string ties;
-  bool residual;
-};
-inline int64_t pool_scale_reduce_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
-  return Table<pool_scale_reduce_options>::add({mask, act, slope, pool, ties, residual});
-}
-std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const std::optional<Tensor>& aux, const Tensor& values, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual);
-inline std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const pool_scale_reduce_options& o = Table<pool_scale_reduce_options>::at(options);
-  return pool_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), required(tensors, o.mask, 4), o.act, o.slope, o.pool, o.ties, o.residual);
-}
-inline constexpr const char* pool_scale_reduce_schema =
-    "pool_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor, Tensor> pool_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
-  return pool_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), required(tensors, mask, 4), act, slope, pool, ties, residual);
-}
-inline constexpr const char* pool_scale_reduce_spelled_schema =
-    "pool_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties, bool residual) -> (Tensor, Tensor, Tensor)";
-inline constexpr const char* pool_scale_reduce_options_schema = "pool_scale_reduce_options(int mask, str act, float slope, str pool, str ties, bool residual) -> int";
-
-struct pool_scale_apply_options {
-  int64_t mask;
-  std::string act;
-  double slope;
-  std::string pool;
-  std::string ties;
-};
-inline int64_t pool_scale_apply_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties) {
-  return Table<pool_scale_apply_options>::add({mask, act, slope, pool, ties});
-}
-Tensor pool_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate, const Tensor& dpooled, const Tensor& values, const Tensor& index, const Tensor& count, const std::string& act, double slope, const std::string& pool, const std::string& ties);
-inline Tensor pool_scale_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const pool_scale_apply_options& o = Table<pool_scale_apply_options>::at(options);
-  return pool_scale_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), o.act, o.slope, o.pool, o.ties);
-}
-inline constexpr const char* pool_scale_apply_schema =
-    "pool_scale_apply(Tensor[] tensors, int options) -> Tensor";
-inline Tensor pool_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties) {
-  return pool_scale_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), act, slope, pool, ties);
-}
-inline constexpr const char* pool_scale_apply_spelled_schema =
-    "pool_scale_apply_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties) -> Tensor";
-inline constexpr const char* pool_scale_apply_options_schema = "pool_scale_apply_options(int mask, str act, float slope, str pool, str ties) -> int";
 
 struct spatial_pool_options {
   int64_t mask;
@@ -848,28 +961,75 @@ inline constexpr const char* project_spelled_schema =
     "project_spelled(Tensor[] tensors, int mask) -> (Tensor, Tensor)";
 inline constexpr const char* project_options_schema = "project_options(int mask) -> int";
 
-struct moments_affine_reduce_options {
+struct gate_shuffle_options {
   int64_t mask;
+  int64_t k;
+  std::string act;
+  double slope;
+};
+inline int64_t gate_shuffle_register(int64_t mask, int64_t k, const std::string& act, double slope) {
+  return Table<gate_shuffle_options>::add({mask, k, act, slope});
+}
+Tensor gate_shuffle_cpu(const Tensor& x, const Tensor& mean, const Tensor& values, const std::optional<Tensor>& residual, int64_t k, const std::string& act, double slope);
+inline Tensor gate_shuffle_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const gate_shuffle_options& o = Table<gate_shuffle_options>::at(options);
+  return gate_shuffle_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.k, o.act, o.slope);
+}
+inline constexpr const char* gate_shuffle_schema =
+    "gate_shuffle(Tensor[] tensors, int options) -> Tensor";
+inline Tensor gate_shuffle_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t k, const std::string& act, double slope) {
+  return gate_shuffle_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), k, act, slope);
+}
+inline constexpr const char* gate_shuffle_spelled_schema =
+    "gate_shuffle_spelled(Tensor[] tensors, int mask, int k, str act, float slope) -> Tensor";
+inline constexpr const char* gate_shuffle_options_schema = "gate_shuffle_options(int mask, int k, str act, float slope) -> int";
+
+struct gate_shuffle_reduce_options {
+  int64_t mask;
+  int64_t k;
   std::string act;
   double slope;
   bool residual;
 };
-inline int64_t moments_affine_reduce_register(int64_t mask, const std::string& act, double slope, bool residual) {
-  return Table<moments_affine_reduce_options>::add({mask, act, slope, residual});
+inline int64_t gate_shuffle_reduce_register(int64_t mask, int64_t k, const std::string& act, double slope, bool residual) {
+  return Table<gate_shuffle_reduce_options>::add({mask, k, act, slope, residual});
 }
-std::tuple<Tensor, Tensor> moments_affine_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::optional<Tensor>& aux, const std::string& act, double slope, bool residual);
-inline std::tuple<Tensor, Tensor> moments_affine_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const moments_affine_reduce_options& o = Table<moments_affine_reduce_options>::at(options);
-  return moments_affine_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), optional(tensors, o.mask, 5), o.act, o.slope, o.residual);
+std::tuple<Tensor, Tensor> gate_shuffle_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& mean, const Tensor& values, const std::optional<Tensor>& aux, int64_t k, const std::string& act, double slope, bool residual);
+inline std::tuple<Tensor, Tensor> gate_shuffle_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const gate_shuffle_reduce_options& o = Table<gate_shuffle_reduce_options>::at(options);
+  return gate_shuffle_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), o.k, o.act, o.slope, o.residual);
 }
-inline constexpr const char* moments_affine_reduce_schema =
-    "moments_affine_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor> moments_affine_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, bool residual) {
-  return moments_affine_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), optional(tensors, mask, 5), act, slope, residual);
+inline constexpr const char* gate_shuffle_reduce_schema =
+    "gate_shuffle_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> gate_shuffle_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t k, const std::string& act, double slope, bool residual) {
+  return gate_shuffle_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), k, act, slope, residual);
 }
-inline constexpr const char* moments_affine_reduce_spelled_schema =
-    "moments_affine_reduce_spelled(Tensor[] tensors, int mask, str act, float slope, bool residual) -> (Tensor, Tensor)";
-inline constexpr const char* moments_affine_reduce_options_schema = "moments_affine_reduce_options(int mask, str act, float slope, bool residual) -> int";
+inline constexpr const char* gate_shuffle_reduce_spelled_schema =
+    "gate_shuffle_reduce_spelled(Tensor[] tensors, int mask, int k, str act, float slope, bool residual) -> (Tensor, Tensor)";
+inline constexpr const char* gate_shuffle_reduce_options_schema = "gate_shuffle_reduce_options(int mask, int k, str act, float slope, bool residual) -> int";
+
+struct gate_shuffle_apply_options {
+  int64_t mask;
+  int64_t k;
+  std::string act;
+  double slope;
+};
+inline int64_t gate_shuffle_apply_register(int64_t mask, int64_t k, const std::string& act, double slope) {
+  return Table<gate_shuffle_apply_options>::add({mask, k, act, slope});
+}
+Tensor gate_shuffle_apply_cpu(const Tensor& x, const Tensor& dy, const Tensor& mean, const Tensor& values, const Tensor& tilt, const Tensor& level, int64_t k, const std::string& act, double slope);
+inline Tensor gate_shuffle_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const gate_shuffle_apply_options& o = Table<gate_shuffle_apply_options>::at(options);
+  return gate_shuffle_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), o.k, o.act, o.slope);
+}
+inline constexpr const char* gate_shuffle_apply_schema =
+    "gate_shuffle_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor gate_shuffle_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t k, const std::string& act, double slope) {
+  return gate_shuffle_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), k, act, slope);
+}
+inline constexpr const char* gate_shuffle_apply_spelled_schema =
+    "gate_shuffle_apply_spelled(Tensor[] tensors, int mask, int k, str act, float slope) -> Tensor";
+inline constexpr const char* gate_shuffle_apply_options_schema = "gate_shuffle_apply_options(int mask, int k, str act, float slope) -> int";
 
 struct plane_conv_options {
   int64_t mask;

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from . import log
-from .plan import KEY, READERS, RULES, Fused, Plan, Planned, Refused, Rule, fused_class, path, renew
+from .plan import KEY, READERS, Fused, Plan, Planned, Refused, Rule, fused_class, path, renew, rule_of
 
 __all__ = ["Report", "Row", "fuse_", "unfuse_"]
 
@@ -249,9 +249,8 @@ def known(module: nn.Module, read: bool = True) -> Rule | None:
         return module.rule
     if isinstance(module, Planned):
         return None
-    for base in type(module).__mro__:
-        if (rule := RULES.get(path(base))) is not None:
-            return rule if rule.holds is None or rule.holds(module) else None
+    if (rule := rule_of(type(module))) is not None:
+        return rule if rule.holds is None or rule.holds(module) else None
     found = (reader(type(module), module) for reader in READERS) if read else ()
     return next((rule for rule in found if rule is not None), None)
 

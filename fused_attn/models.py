@@ -39,7 +39,7 @@ from .blocks import (
     ShuffleAttention,
     SpatialGroupEnhance,
 )
-from .blocks.chain import joined
+from .blocks.chain import joined, weighed
 from .blocks.residual_attention import AttentionMask, PreActivationUnit
 
 __all__ = [
@@ -110,6 +110,7 @@ class Bottleneck(nn.Module):
         else:
             self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width) if network.norm else None
+        self.joins = network.where == "conv" and network.norm  # whether the attention stands before a norm
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample = None
@@ -122,9 +123,12 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inplanes, H, W) to (N, 4·planes, H/stride, W/stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.conv2(joined(self.bn1, None, self.conv1(x)))
-        if self.bn2 is not None:
-            x = joined(self.bn2, None, x)
+        x = joined(self.bn1, None, self.conv1(x))
+        if self.joins:
+            x = weighed(self.conv2, self.bn2, x)  # type: ignore[arg-type]
+        else:
+            x = self.conv2(x)
+            x = x if self.bn2 is None else joined(self.bn2, None, x)
         gate = None if self.gate is None else self.get_submodule(self.gate)
         return joined(self.bn3, gate, self.conv3(x), shortcut)
 

@@ -69,6 +69,7 @@ class Plan:
 
     # Whether `run` is the module's whole forward, and takes a residual and an epilogue: what a parent's tail needs.
     fits_tail: ClassVar[bool] = False
+    by_planes: ClassVar[bool] = False  # whether it has `planes`
     traces: ClassVar[bool] = True  # whether `run` takes what torch.fx puts in a tensor's place
     # Whether a compiled program without gradients is better off with the plain equations: its compiler joins a gate of
     # means with the norm in front of it, which an operator that it can't look into would keep apart.
@@ -175,6 +176,25 @@ class Plan:
         """The gate as a function of the means (N, C) of its input and of tensors, and those tensors; None where it
         depends on more."""
         return None
+
+    def planes(self) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...], int] | None:
+        """The gate as a sigmoid, at each position, of a function of its input's planes, behind which channels are
+        shuffled: what `moments_gate_shuffle` runs. (means, variances, tensors) -> what the input less its mean is
+        multiplied by, and the offset, (N, C); those tensors; and K. None where it is another."""
+        return None
+
+    def maps(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """The maps that the gate weighs and merges, where a norm may stand behind it; None where it doesn't take x."""
+        return None
+
+    def weighed(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """What `run` makes of these maps."""
+        raise NotImplementedError
+
+    def weighs(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], str]:
+        """How it weighs its maps: the gates (N, C) as a function of the means (N, C) of what they are merged into, and
+        of tensors; those tensors; and the merge."""
+        raise NotImplementedError
 
     def covers(self, plan_of: Callable[[nn.Module], "Plan | None"]) -> str:
         """What it computes at once, in words. plan_of: the plan of a gate inside it."""
@@ -297,6 +317,7 @@ class Planned(nn.Module):
     """
 
     by_plan: ClassVar[Callable[..., Any]]
+    ahead: ClassVar[bool] = False  # whether its plan has `maps`, which a norm behind it may be computed with
 
     def _plan(self) -> Plan:
         raise NotImplementedError
@@ -340,6 +361,7 @@ class Rule:
     sources: names of the methods that make its forward, and the fingerprints of the versions that do what the plan does
     tail: None for a gate; for its parent, what stands between the gate and the end
     holds: module -> whether it has a gate, where only some modules of the class do
+    ahead: whether the gate's plan has `maps`, which a norm behind it may be computed with
     """
 
     path: str
@@ -348,6 +370,7 @@ class Rule:
     sources: Mapping[str, Iterable[str]]
     tail: Any = None
     holds: Callable[[nn.Module], bool] | None = None
+    ahead: bool = False
 
     def refuses(self, cls: type) -> str | None:
         """Why modules of class `cls`, this rule's or a subclass, don't run the forward that the rule knows; or None."""
@@ -404,6 +427,9 @@ def fused_class(rule: Rule, original: type[nn.Module]) -> type["Fused"]:
 
 
 RULES: dict[str, Rule] = {}
+# Classes of authors' repositories, which are no packages: named by wherever their file is imported from. By the class's
+# own name: (class) -> Rule, or None where its source isn't the one that is known.
+STRUCTURES: dict[str, Callable[[type], Rule | None]] = {}
 # Who is asked about a class that no rule names: (class, module or None) -> Rule or None.
 READERS: list[Callable[[type, nn.Module | None], Rule | None]] = []
 
@@ -414,6 +440,31 @@ def register(*rules: Rule) -> tuple[Rule, ...]:
     return rules
 
 
+def rule_of(cls: type) -> Rule | None:
+    """The rule for a class, or for the nearest that it derives from; None where none names it."""
+    for base in cls.__mro__:
+        rule = RULES.get(path(base))
+        if rule is None and base.__name__ in STRUCTURES:
+            rule = STRUCTURES[base.__name__](base)
+        if rule is not None:
+            return rule
+    return None
+
+
+def by_structure(name: str, make: Callable[[str], Rule]) -> None:
+    """Lets `fuse_` know a class by its name and the fingerprint of its forward, wherever it is imported from.
+
+    make: path of the class -> Rule
+    """
+
+    @functools.cache
+    def found(cls: Any) -> Rule | None:
+        rule = make(path(cls))
+        return rule if fingerprint(getattr(cls, "forward", None)) in rule.sources["forward"] else None
+
+    STRUCTURES[name] = found
+
+
 def _read(cls: type) -> Rule | None:
     return next((rule for reader in READERS if (rule := reader(cls, None)) is not None), None)
 
@@ -421,7 +472,7 @@ def _read(cls: type) -> Rule | None:
 def _restore(original: type[nn.Module], rule_path: str) -> nn.Module:
     """What a pickled or copied fused module starts from: the original class, where the rule doesn't hold here."""
     module: nn.Module = original.__new__(original)
-    rule = RULES.get(rule_path) or _read(original)
+    rule = RULES.get(rule_path) or rule_of(original) or _read(original)
     if rule is not None and rule.refuses(original) is None:
         module.__class__ = fused_class(rule, original)
     return module

@@ -156,7 +156,9 @@ def counted(library, requests):
 def _serve(library, requests):
     """Each request names an op, the number of a case or arguments, a dtype, the layouts of inputs and gradient; with
     `around`, `branch_softmax` is called on the branches of `branch_scale`, pooled each or their sum; with `tail`, what
-    owns a normalisation and the gate behind it, on the arguments of `affine_apply`.
+    owns a normalisation and the gate behind it, on the arguments of `affine_apply`; with `ahead`, what owns branches, a
+    gate and a norm behind it, with this activation, on those of `branch_scale`; with `normed`, what owns a norm and
+    shuffle attention behind it, on those of `plane_gate_shuffle`.
 
     Answers, for each, in passes: "inference", "forward", "backward" end to end, and "launches" as
     [op, reads, writes, budget]; "aten" lists what ran around the kernels.
@@ -187,6 +189,8 @@ def _serve(library, requests):
         op = fused_attn.OPS[request["op"]]
         call = (
             _around_branches(request["around"]) if "around" in request
+            else _ahead(request["ahead"]) if "ahead" in request
+            else _normed_planes if "normed" in request
             else _tail(request["tail"]) if "tail" in request
             else op
         )  # fmt: skip
@@ -235,6 +239,30 @@ def _around_branches(each):
         return ops.branch_softmax(*maps, excite=excite, splits=splits, each=each, merge=merge)
 
     return call
+
+
+def _ahead(act):
+    """`branch_moments_affine` in the place of `branch_scale`, with an excite of no size that uses all it gets."""
+    from fused_attn import ops
+
+    def call(x, gate, *rest):
+        *more, merge = rest
+        maps = [x, *(t for t in more if t is not None)]
+        excite = lambda moments, gate: torch.stack([gate.flatten(1) * (1 + moments[1]).rsqrt(), moments[0]])
+        return ops.branch_moments_affine(*maps, excite=excite, params=(gate,), merge=merge, act=act)
+
+    return call
+
+
+def _normed_planes(x, cweight, cbias, sweight, sbias, norm_weight, norm_bias, residual, eps, act, slope):
+    """`moments_gate_shuffle` in the place of `plane_gate_shuffle`, with an excite of no size that uses all it gets."""
+    from fused_attn import ops
+
+    def excite(moments, weight):
+        scale = (1 + moments[1]).rsqrt()
+        return torch.stack([scale, moments[0], scale * weight.mean(), moments[0]])
+
+    return ops.moments_gate_shuffle(x, excite, cweight, k=cweight.numel(), residual=residual, act=act)
 
 
 def _tail(what):

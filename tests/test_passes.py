@@ -49,6 +49,17 @@ TAILS = {
     "kept norm, silu, gate": ("affine_pool_scale, kept", dict(AFFINE, act="silu"), (2, 1), (4, 1)),
     "kept norm, relu, gate": ("affine_pool_scale, kept", dict(AFFINE, act="relu"), (2, 1), (4, 1)),
 }
+# A gate of branches before its norm: four maps of a quarter. By activation.
+AHEAD = dict(x=MAP, x1=MAP, x2=MAP, x3=MAP, gate=[4, 4, 16], merge="concat_reversed")
+AHEADS = {"relu": ((2, 1), (4, 1)), "silu": ((2, 1), (4, 1)), "identity": ((2, 1), (4, 1))}
+# A norm before shuffle attention, and what follows: (arguments, reads and writes forward, and backward).
+NORMED = {
+    "norm, sa": (SA, (2, 1), (4, 1)),
+    "norm, sa, relu": (dict(SA, act="relu"), (2, 1), (4, 1)),
+    "norm, sa, residual": (dict(SA, residual=SE["x"]), (3, 1), (4, 1)),
+    "norm, sa, residual, relu": ({**SA, **RESIDUAL}, (3, 1), (5, 2)),
+    "norm, sa, residual, silu": ({**SA, **RESIDUAL, "act": "silu"}, (3, 1), (5, 2)),
+}
 LAYOUTS = ("contiguous", "channels_last")
 SLACK = 0.05  # the first maximum of a plane is read again where it lies: one element of 35 in the smallest case
 
@@ -82,6 +93,14 @@ REQUESTS = [
     for tail, args, *_ in TAILS.values()
     for layout in LAYOUTS
     for dtype in ("float32", "bfloat16")
+] + [
+    dict(op="branch_scale", ahead=act, args=AHEAD, layout=layout)
+    for act in AHEADS
+    for layout in LAYOUTS
+] + [
+    dict(op="plane_gate_shuffle", normed=True, args=args, layout=layout)
+    for args, *_ in NORMED.values()
+    for layout in LAYOUTS
 ]  # fmt: skip
 
 
@@ -163,7 +182,10 @@ def test_totals_of_whole_planes(answers, what, layout):
     op, args, (reads, writes), total = PLANEWISE[what]
     if op == "plane_gate_shuffle" and layout == "channels_last":
         total += 0.5
-    answer = next(a for r, a in answers if r["op"] == op and r.get("args") == args and r["layout"] == layout)
+    answer = next(
+        a for r, a in answers
+        if r["op"] == op and r.get("args") == args and r["layout"] == layout and "normed" not in r
+    )  # fmt: skip
     for mode in ("inference", "forward"):
         passes = Passes(**answer[mode])
         assert passes.reads <= reads + SLACK, f"{mode}: {passes}"
@@ -180,6 +202,31 @@ def test_tails_end_to_end(answers, what, layout, dtype):
     tail, args, *promised = TAILS[what]
     request = dict(op="affine_apply", tail=tail, args=args, layout=layout, dtype=dtype)
     answer = next(a for r, a in answers if r == request)
+    for mode, (reads, writes) in zip(("forward", "backward"), promised, strict=True):
+        passes = Passes(**answer[mode])
+        assert passes.reads == pytest.approx(reads, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+        assert passes.writes == pytest.approx(writes, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+    assert answer["inference"] == answer["forward"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", AHEADS)
+def test_branches_before_a_norm_end_to_end(answers, act, layout):
+    """PSA, BatchNorm, ReLU: of the whole map 2 reads and a write forward, 4 and a write backward, and no less."""
+    answer = next(a for r, a in answers if r.get("ahead") == act and r["layout"] == layout)
+    for mode, (reads, writes) in zip(("forward", "backward"), AHEADS[act], strict=True):
+        passes = Passes(**answer[mode])
+        assert passes.reads / 4 == pytest.approx(reads, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+        assert passes.writes / 4 == pytest.approx(writes, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"
+    assert answer["inference"] == answer["forward"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", NORMED)
+def test_shuffle_behind_a_norm_end_to_end(answers, what, layout):
+    """BatchNorm, shuffle attention, shortcut, ReLU: what the BatchNorm alone would move with its shortcut and ReLU."""
+    args, *promised = NORMED[what]
+    answer = next(a for r, a in answers if "normed" in r and r["args"] == args and r["layout"] == layout)
     for mode, (reads, writes) in zip(("forward", "backward"), promised, strict=True):
         passes = Passes(**answer[mode])
         assert passes.reads == pytest.approx(reads, abs=SLACK), f"{mode}: {passes}; ATen: {answer['aten']}"

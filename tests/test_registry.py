@@ -118,7 +118,9 @@ def test_backwards_are_reached(launches):
     ops.branch_softmax(x, excite=torch.sigmoid).sum().backward()
     ops.moments_affine(x, torch.sigmoid, residual=x, act="relu").sum().backward()
     ops.affine_pool_scale(x, torch.sigmoid, torch.sigmoid).sum().backward()
+    ops.branch_moments_affine(x, x, excite=torch.sigmoid, act="relu").sum().backward()
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    ops.moments_gate_shuffle(x, lambda m: m.repeat(2, 1, 1), k=2, residual=x, act="relu").sum().backward()
     for block in (fused_attn.CBAM(16), fused_attn.BAM(16), fused_attn.SpatialChannelSE(16)):
         block(x).sum().backward()
     assert set(OPS) == {op.name for op, _ in launches}

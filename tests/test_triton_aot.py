@@ -248,6 +248,12 @@ def affine_launches(size, kind, dtype, act="relu", n=2, c=64):
     run("moments_affine_apply", x, dy, v, None, v, None, None, v, v, None, None, "identity", 0.0)
     run("moments_affine_apply", x, dy, v, v, v, v, v, v, v, None, None, *how)
     run("moments_affine_apply", x, dy, v, v, v, v, v, v, v, two, index, *how)
+    # Branches beside slots of a merged map.
+    both, more, whole = empty((n, 2 * c), acc), (x, *(None,) * 6), empty((n, 2 * c, *x.shape[2:]), dtype, kind)
+    run("branch_moments", x, *more, "concat_reversed")
+    run("branch_affine", x, both, both, both, *more, "concat_reversed", *how)
+    run("branch_affine_reduce", x, whole, both, both, both, *more, "concat_reversed", *how)
+    run("branch_affine_apply", x, whole, both, both, both, both, both, *more, "concat_reversed", *how)
 
 
 def plane_launches(size, kind, dtype, act="relu", n=2, c=64):
@@ -263,6 +269,12 @@ def plane_launches(size, kind, dtype, act="relu", n=2, c=64):
     run("plane_gate_shuffle", x, *parameters, residual, 1e-5, act, 0.01)
     run("plane_gate_shuffle_bwd", x, dy, aux, two, *parameters, act, 0.01, True)
     run("plane_gate_shuffle_bwd", x, dy, None, two, *parameters, act, 0.01, False)
+    v, four = empty((n, c), acc), empty((4, n, c), acc)
+    run("gate_shuffle", x, v, four, residual, k, act, 0.01)
+    run("gate_shuffle_reduce", x, dy, v, four, aux, k, act, 0.01, True)
+    run("gate_shuffle_reduce", x, dy, v, four, None, k, act, 0.01, False)
+    run("gate_shuffle_apply", x, dy, v, four, v, v, k, "identity", 0.01)
+    run("gate_shuffle_apply", x, dy, v, four, v, v, k, act, 0.01)
     weight, state = empty((1, groups, 1, 1), dtype), empty((n * (c + 2 * groups),), acc)
     run("group_similarity_scale", x, weight, weight, residual, 1e-5, act, 0.01)
     run("group_similarity_scale_bwd", x, dy, aux, state, weight, weight, 1e-5, act, 0.01, True)

@@ -19,6 +19,7 @@ struct Affine {
   const A *gate = nullptr, *spread = nullptr, *tilt = nullptr, *level = nullptr;
   Act act = Act::identity;
   A slope = 0;
+  int64_t together = 1;  // how many maps of y's size the op writes, one after the other
 };
 
 // What is added at two places of every plane: (2, N, C), the second array `apart` elements behind the first.

@@ -412,7 +412,7 @@ void affine_runs(const Affine<T>& in, Range runs) {
   using A = Acc<T>;
   using V = Vec<A>;
   const Map& x = in.x;
-  const bool stream = streams<T>(in.y);
+  const bool stream = streams<T>(in.y, in.together);
   Place at(runs.begin, x.pixels ? x.s : x.c);
   for (int64_t r = runs.begin; r < runs.end; ++r, at.next()) {
     const int64_t n = at.outer, k = at.inner;
@@ -547,7 +547,7 @@ template <class T, Given F>
 void spread_runs(const Affine<T>& in, Range runs, const AtPlaces<Acc<T>>& places) {
   using A = Acc<T>;
   const Map& x = in.x;
-  const bool stream = streams<T>(in.y);
+  const bool stream = streams<T>(in.y, in.together);
   Place at(runs.begin, x.pixels ? x.s : x.c);
   for (int64_t r = runs.begin; r < runs.end; ++r, at.next()) {
     const int64_t n = at.outer, k = at.inner;

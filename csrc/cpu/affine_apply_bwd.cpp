@@ -1,7 +1,9 @@
 // affine_apply_bwd: dx = scale·e, Σ e·(x − centre), Σ e, Σ dy·act(v), and e where a residual wants it;
-// moments_affine_reduce: the sums and e. e = gate·dy·act'(v); one pass each.
+// moments_affine_reduce: the sums and e; branch_affine_reduce: the sums of branches. e = gate·dy·act'(v); one pass
+// each.
 #define FA_KERNELS "cpu/affine.kernels.h"
 #include "cpu/affine.h"
+#include "cpu/branches.h"
 // affine.h before isa.h: the kernels use its types
 #include "isa.h"
 // affine_sums.h after isa.h: it calls the kernels
@@ -58,7 +60,42 @@ std::tuple<Tensor, Tensor> moments_affine_reduce_cpu(const Tensor& x, const Tens
   return {sums, kept};
 }
 
+Tensor branch_affine_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift,
+                                const OptTensor& centre, const OptTensor& x1, const OptTensor& x2, const OptTensor& x3,
+                                const OptTensor& x4, const OptTensor& x5, const OptTensor& x6, const OptTensor& x7,
+                                const std::string& merge_name, const std::string& act_name, double slope) {
+  check_map(x);
+  const int64_t count = count_tensors(x, {&x1, &x2, &x3, &x4, &x5, &x6, &x7});
+  check_merged(x, dy, count);
+  const BranchMerge merge = branch_merge_of(merge_name);
+  const Act act = act_of(act_name);
+  const auto maps =
+      maps_of({&x, pointer(x1), pointer(x2), pointer(x3), pointer(x4), pointer(x5), pointer(x6), pointer(x7), &dy});
+  const int64_t n = maps[0].n, c = maps[0].c;
+  Tensor sums = new_dense({2, n, count * c}, acc_dtype(x.scalar_type()));
+  by_dtype(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const Slots<A> by(scale, x, merge, count), to(shift, x, merge, count), from(centre, x, merge, count);
+    const auto own = scratch<A>(2 * n * c);
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t slot = slot_of(merge, b, count);
+      Affine<T> in;
+      in.x = maps[b], in.dy = channels_of<T>(maps[8], slot * c, c);
+      in.scale = by.of(b), in.shift = to.of(b), in.centre = from.of(b);
+      in.act = act, in.slope = A(slope);
+      if (act == Act::identity)
+        affine_sums<T, From::dy, Sums::back>(in, own.get());
+      else
+        affine_sums<T, From::any, Sums::back>(in, own.get());
+      put_slot<A>(own.get(), 2, n, c, slot, count, static_cast<A*>(sums.data_ptr()));
+    }
+  });
+  return sums;
+}
+
 }  // namespace fa
 
+FA_REGISTER(branch_affine_reduce)
 FA_REGISTER(affine_apply_bwd)
 FA_REGISTER(moments_affine_reduce)

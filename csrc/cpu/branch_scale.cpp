@@ -7,26 +7,6 @@
 
 namespace fa {
 
-// An uninitialised tensor of c channels that lies as x does (branches.beside).
-static Tensor beside(const Tensor& x, int64_t c) {
-  if (c == x.size(1)) return new_like(x);
-  const auto sizes = x.sizes();
-  const int64_t dim = int64_t(sizes.size());
-  std::vector<int64_t> shape(sizes.begin(), sizes.end()), strides(dim);
-  shape[1] = c;
-  const bool pixels = !x.is_contiguous() && !walks_planes(x);
-  int64_t step = 1;
-  const auto next = [&](int64_t d) {
-    strides[d] = step;
-    step *= std::max<int64_t>(shape[d], 1);
-  };
-  if (pixels) next(1);
-  for (int64_t d = dim - 1; d >= 2; --d) next(d);
-  if (!pixels) next(1);
-  next(0);
-  return new_strided(shape, strides, x.scalar_type());
-}
-
 // How one call sees its branches: in the sum all of them beside one map, else one after the other beside its slot.
 struct Step {
   int64_t first, count;  // branches

@@ -1,6 +1,7 @@
 // channel_moments: mean, Σ (x − mean)², and where asked the maximum and the minimum of every plane with their first
-// places, in one read of x.
+// places, in one read of x. branch_moments: the first two of branches, side by side.
 #define FA_KERNELS "cpu/channel_moments.kernels.h"
+#include "cpu/branches.h"
 #include "cpu/moments.h"
 // moments.h before isa.h: the kernels use its types
 #include "isa.h"
@@ -61,7 +62,31 @@ std::tuple<Tensor, Tensor> channel_moments_cpu(const Tensor& x, bool extrema) {
 
 Tensor channel_moments_infer_cpu(const Tensor& x, bool extrema) { return std::get<0>(described(x, extrema)); }
 
+Tensor branch_moments_cpu(const Tensor& x, const OptTensor& x1, const OptTensor& x2, const OptTensor& x3,
+                          const OptTensor& x4, const OptTensor& x5, const OptTensor& x6, const OptTensor& x7,
+                          const std::string& merge_name) {
+  check_map(x);
+  const int64_t count = count_tensors(x, {&x1, &x2, &x3, &x4, &x5, &x6, &x7});
+  const BranchMerge merge = branch_merge_of(merge_name);
+  const auto maps =
+      maps_of({&x, pointer(x1), pointer(x2), pointer(x3), pointer(x4), pointer(x5), pointer(x6), pointer(x7)});
+  const int64_t n = maps[0].n, c = maps[0].c, nc = n * c;
+  STD_TORCH_CHECK(maps[0].s <= std::numeric_limits<int32_t>::max(), "plane too large");
+  Tensor moments = new_dense({2, n, count * c}, acc_dtype(x.scalar_type()));
+  by_dtype(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const auto own = scratch<A>(2 * nc);
+    for (int64_t b = 0; b < count; ++b) {
+      describe<T, false>(maps[b], {own.get(), own.get() + nc, nullptr, nullptr, nullptr, nullptr});
+      put_slot<A>(own.get(), 2, n, c, slot_of(merge, b, count), count, static_cast<A*>(moments.data_ptr()));
+    }
+  });
+  return moments;
+}
+
 }  // namespace fa
 
 FA_REGISTER(channel_moments)
+FA_REGISTER(branch_moments)
 FA_REGISTER_INFER(channel_moments)

@@ -1,11 +1,27 @@
 // moments_affine_apply: dx = scale·e + tilt·(x − centre) + level with e = (gate·dy + spread)·act'(v), and more at two
-// places of each plane; one read of dy and, where it is needed, of x, one write.
+// places of each plane; one read of dy and, where it is needed, of x, one write. branch_affine_apply: that of branches.
 #define FA_KERNELS "cpu/affine.kernels.h"
 #include "cpu/affine.h"
+#include "cpu/branches.h"
 // affine.h before isa.h: the kernels use its types
 #include "isa.h"
 
 namespace fa {
+
+// curved: whether the activation is between dy and x; given: whether there is dy
+template <class T>
+static void pass(const Affine<T>& in, const AtPlaces<Acc<T>>& at, bool curved, bool given) {
+  const int64_t runs = in.x.n * (in.x.pixels ? in.x.s : in.x.c), length = in.x.pixels ? in.x.c : in.x.s;
+  parallel_for(0, runs, grain(length), [&](int64_t b, int64_t e) {
+    const Range r{b, e};
+    if (curved)
+      FA_CALL(spread_runs, (T, Given::any), in, r, at);
+    else if (given)
+      FA_CALL(spread_runs, (T, Given::dy), in, r, at);
+    else
+      FA_CALL(spread_runs, (T, Given::nothing), in, r, at);
+  });
+}
 
 Tensor moments_affine_apply_cpu(const Tensor& x, const OptTensor& dy, const OptTensor& scale, const OptTensor& shift,
                                 const OptTensor& centre, const OptTensor& gate, const OptTensor& spread,
@@ -62,20 +78,50 @@ Tensor moments_affine_apply_cpu(const Tensor& x, const OptTensor& dy, const OptT
       value[i] = i < 2 * nc ? values.get()[i] : A(0);
     }
     const AtPlaces<A> at{places ? value.get() : nullptr, where.get(), nc};
-    const int64_t runs = n * (in.x.pixels ? in.x.s : c), length = in.x.pixels ? c : in.x.s;
-    parallel_for(0, runs, grain(length), [&](int64_t b, int64_t e) {
-      const Range r{b, e};
-      if (curved)
-        FA_CALL(spread_runs, (T, Given::any), in, r, at);
-      else if (dy)
-        FA_CALL(spread_runs, (T, Given::dy), in, r, at);
-      else
-        FA_CALL(spread_runs, (T, Given::nothing), in, r, at);
-    });
+    pass<T>(in, at, curved, dy.has_value());
   });
   return dx;
 }
 
+using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Eight branch_affine_apply_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift,
+                              const OptTensor& centre, const OptTensor& tilt, const OptTensor& level,
+                              const OptTensor& x1, const OptTensor& x2, const OptTensor& x3, const OptTensor& x4,
+                              const OptTensor& x5, const OptTensor& x6, const OptTensor& x7,
+                              const std::string& merge_name, const std::string& act_name, double slope) {
+  check_map(x);
+  const int64_t count = count_tensors(x, {&x1, &x2, &x3, &x4, &x5, &x6, &x7});
+  check_merged(x, dy, count);
+  const BranchMerge merge = branch_merge_of(merge_name);
+  const Act act = act_of(act_name);
+  std::vector<Tensor> d;
+  for (int64_t b = 0; b < kMostBranches; ++b) d.push_back(b < count ? new_like(x) : none_like(x));
+  const auto at = [&](int64_t b) { return b < count ? &d[b] : nullptr; };
+  const auto maps = maps_of({&x, pointer(x1), pointer(x2), pointer(x3), pointer(x4), pointer(x5), pointer(x6),
+                             pointer(x7), &dy, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)});
+  const int64_t n = maps[0].n, c = maps[0].c;
+  by_dtype(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const Slots<A> by(scale, x, merge, count), to(shift, x, merge, count), from(centre, x, merge, count),
+        tilted(tilt, x, merge, count), flat(level, x, merge, count);
+    const auto zeros = scratch<A>(n * c), ones = scratch<A>(n * c);
+    std::fill_n(zeros.get(), n * c, A(0));
+    std::fill_n(ones.get(), n * c, A(1));
+    for (int64_t b = 0; b < count; ++b) {
+      Affine<T> in;
+      in.x = maps[b], in.dy = channels_of<T>(maps[8], slot_of(merge, b, count) * c, c), in.y = maps[9 + b];
+      in.scale = by.of(b), in.shift = to.of(b), in.centre = from.of(b), in.gate = ones.get(), in.spread = zeros.get();
+      in.tilt = tilt ? tilted.of(b) : nullptr, in.level = flat.of(b);
+      in.act = act, in.slope = A(slope), in.together = count;
+      pass<T>(in, {nullptr, nullptr, n * c}, act != Act::identity, true);
+    }
+  });
+  return {d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]};
+}
+
 }  // namespace fa
 
+FA_REGISTER(branch_affine_apply)
 FA_REGISTER(moments_affine_apply)

@@ -7,6 +7,7 @@ A BatchNorm is computed together with what follows it, where that is understood 
     norm → act → gate          a gate behind an activation: MBConv, RegNet
     norm → act                 no gate
     norm → gate → add → act    the tail of a bottleneck; without a gate, too
+    gate → norm → act          a gate that weighs branches: EPSANet
 
 A parent is described by data: which children are called, what the shortcut is, and what comes after. Containers whose
 forward is known are looked into. A forward is rewritten only where the original's source is a known one and nothing
@@ -14,7 +15,7 @@ stands between gate, add and activation. Any mechanism's gate fits, as long as i
 a norm joins in where its gate is a function of the norm's means.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..ops import activations
-from ..plan import RULES, Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, tampered, unfused
+from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, rule_of, tampered, unfused
 from . import normed
 
 # Modules that may stand between gate and add: idle ones, and DropPath, which is idle in evaluation and at rate 0.
@@ -64,6 +65,7 @@ class Step(NamedTuple):
     """What runs at once: a module by itself, or a norm with what follows it.
 
     alone: the modules to be called one after the other where the step can't run as one
+    gate: behind norm and activation; ahead: before them
     """
 
     alone: tuple[nn.Module, ...]
@@ -71,14 +73,25 @@ class Step(NamedTuple):
     act: str = "identity"
     slope: float = 0.01
     gate: nn.Module | None = None
+    ahead: nn.Module | None = None
 
 
 def by_plan(module: nn.Module) -> bool:
     """Whether a module is a gate that runs, or may run, by a plan."""
     if isinstance(module, Planned):
         return getattr(module, "rule", None) is None or module.rule.tail is None  # type: ignore[union-attr]
-    rule = next((rule for base in type(module).__mro__ if (rule := RULES.get(path(base))) is not None), None)
+    rule = rule_of(type(module))
     return rule is not None and rule.tail is None and (rule.holds is None or rule.holds(module))
+
+
+def goes_ahead(module: nn.Module) -> bool:
+    """Whether a norm behind a gate may be computed with it."""
+    if not by_plan(module):
+        return False
+    if isinstance(module, Planned):
+        rule = getattr(module, "rule", None)
+        return module.ahead if rule is None else rule.ahead
+    return (rule := rule_of(type(module))) is not None and rule.ahead
 
 
 def _more_than_its_plan(gate: nn.Module) -> str | None:
@@ -240,6 +253,10 @@ class TailPlan(Plan):
         i = 0
         while i < len(leaves):
             leaf = leaves[i]
+            if (step := self._ahead(leaves[i : i + 3])) is not None:
+                steps.append(step)
+                i += 3
+                continue
             norm = normed.read(leaf.module) if tampered(leaf.module) is None else None
             alone, act, slope, gate = [leaf.module], "identity", 0.01, None
             i += 1
@@ -257,7 +274,12 @@ class TailPlan(Plan):
                 self._skip(more)
                 alone.append(more.module)
                 i += 1
-            if i < len(leaves) and by_plan(leaves[i].module) and _more_than_its_plan(leaves[i].module) is None:
+            if (
+                i < len(leaves)
+                and by_plan(leaves[i].module)
+                and not goes_ahead(leaves[i].module)
+                and _more_than_its_plan(leaves[i].module) is None
+            ):
                 gate = leaves[i].module
                 self._skip(leaves[i])
                 i += 1
@@ -270,6 +292,18 @@ class TailPlan(Plan):
                 self._skip(leaf)
             steps.append(Step(tuple(alone), norm, act, slope, gate))
         return tuple(steps), None, None
+
+    def _ahead(self, leaves: Sequence[Leaf]) -> Step | None:
+        """The step of a gate, the norm behind it and an activation, where the next three layers are these."""
+        if len(leaves) < 3 or not goes_ahead(leaves[0].module) or _more_than_its_plan(leaves[0].module) is not None:
+            return None
+        gate, norm, act = leaves
+        view = None if tampered(norm.module) is not None else normed.read(norm.module)
+        if view is None or path(type(norm.module)) in _NORM_ACT or (found := self._follows(act)) is None:
+            return None
+        for leaf in leaves:
+            self._skip(leaf)
+        return Step(tuple(leaf.module for leaf in leaves), view, *found, ahead=gate.module)
 
     def _own_act(self, leaf: Leaf) -> tuple[str, float] | None:
         """The activation inside a norm, ("identity", …) where that does nothing; None where there is none, or it isn't
@@ -305,6 +339,8 @@ class TailPlan(Plan):
         def words(norm: bool, act: bool, gate: nn.Module | None, add: bool = False) -> list[str]:
             its = None if gate is None else plan_of(gate)
             apart = norm and gate is not None and (its is None or its.means() is None)
+            if add and its is not None and its.planes() is not None:
+                apart = False
             first = [w for w, there in (("norm", norm and not (apart and add)), ("act", act and not add)) if there]
             rest = [w for w, there in (("gate", gate is not None), ("add", add), ("act", act and add)) if there]
             if apart and not add:  # the gate needs more than means, so it isn't in the norm's step
@@ -313,11 +349,27 @@ class TailPlan(Plan):
 
         found: list[str] = []
         for step in self.steps:
-            if step.norm is not None:
+            if step.ahead is not None:
+                found += ["gate + norm + act"]
+            elif step.norm is not None:
                 found += words(True, step.act != "identity", step.gate)
         if self.norm is not None or self.gated:
             found += words(self.norm is not None, self.epilogue != "identity", self.end, True)
         return ", ".join(dict.fromkeys(found))
+
+
+def _with_norm(plan: Plan | None, gated: bool) -> Callable[..., Tensor] | None:
+    """What computes a norm with what follows it, (norm, x, shortcut, act, slope) -> y; None where the gate needs more
+    of the norm's output than moments. gated: whether there is a gate, whose plan it is"""
+    if not gated:
+        return lambda norm, *given: normed.run(norm, None, *given)
+    if plan is None:
+        return None
+    if (means := plan.means()) is not None:
+        return lambda norm, *given: normed.run(norm, means, *given)
+    if (planes := plan.planes()) is not None:
+        return lambda norm, *given: normed.run_planes(norm, planes, *given)
+    return None
 
 
 def _extracting(x: Any) -> bool:
@@ -328,7 +380,7 @@ def _extracting(x: Any) -> bool:
     )
 
 
-def _together(norm: normed.Norm, x: Any, behind_act: bool = False) -> bool:
+def _together(norm: normed.Norm, x: Any, computes: bool = False) -> bool:
     """Whether a norm is computed with what follows it. Compilers do that by themselves, tracers want its module, what
     the norm doesn't take is for its module to refuse, and for small maps it doesn't pay."""
     return (
@@ -336,12 +388,17 @@ def _together(norm: normed.Norm, x: Any, behind_act: bool = False) -> bool:
         and not is_compiling()
         and not torch.jit.is_tracing()
         and norm.takes(x)
-        and normed.pays(norm, x, behind_act)
+        and normed.pays(norm, x, computes)
     )
 
 
 def _run(step: Step, x: Any) -> Any:
     """One step before the end."""
+    if step.ahead is not None and step.norm is not None:
+        x, done = _weighed(step.ahead, step.norm, x, step.act, step.slope)
+        for module in () if done else step.alone[1:]:
+            x = module(x)
+        return x
     behind_act = step.gate is not None and step.act != "identity"
     if step.norm is not None and _together(step.norm, x, behind_act):
         plan = None if step.gate is None else ready(step.gate)
@@ -356,6 +413,19 @@ def _run(step: Step, x: Any) -> Any:
     for module in step.alone:
         x = module(x)
     return x if step.gate is None else step.gate(x)
+
+
+def _weighed(gate: nn.Module, norm: normed.Norm, x: Any, act: str, slope: float = 0.01) -> tuple[Any, bool]:
+    """act(norm(gate(x))) and True, as one; or where that can't be, gate(x) and False."""
+    watched = not isinstance(x, Tensor) or is_compiling() or torch.jit.is_tracing()
+    plan = None if watched else ready(gate)
+    maps = None if plan is None else plan.maps(x)
+    if plan is None or maps is None:
+        return gate(x), False
+    if not _together(norm, normed.merged(maps)):
+        return plan.weighed(maps), False
+    excite, tensors, merge = plan.weighs()
+    return normed.run_ahead(norm, (excite, tensors), maps, merge, act, slope), True
 
 
 def forward(self: Any, x: Tensor) -> Tensor:
@@ -376,10 +446,10 @@ def forward(self: Any, x: Tensor) -> Tensor:
         for step in plan.steps:
             x = _run(step, x)
         shortcut = tail.shortcut(self, given) if plan.skips else None
-    together = norm is not None and _together(norm, x)
-    means = gate.means() if together and gate is not None else None
-    if norm is not None and (not together or (gate is not None and means is None)):
-        x, norm = plan.last(x), None  # type: ignore[misc]  # such a gate needs more of the norm's output than its means
+    together = norm is not None and _together(norm, x, gate is not None and gate.by_planes)
+    run = _with_norm(gate, gate is not None) if together else None
+    if norm is not None and run is None:
+        x, norm = plan.last(x), None  # type: ignore[misc]
     joined, drops = True, plan.drops()
     if norm is None and gate is None:
         joined = False
@@ -397,7 +467,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
             )
             joined = False
         end = (shortcut, plan.epilogue, plan.slope) if joined else (None, "identity", 0.01)
-        x = normed.run(norm, means, x, *end) if norm is not None else gate.run(x, *end)  # type: ignore[union-attr]
+        x = run(norm, x, *end) if run is not None else gate.run(x, *end)  # type: ignore[union-attr]
     if not joined:
         x = children[tail.drop_path](x) if drops else x
         if shortcut is not None:
@@ -417,15 +487,26 @@ def joined(
     gate: one of the library's modules, or None
     """
     view = normed.read(norm) if tampered(norm) is None else None
-    if view is not None and _together(view, x):
-        plan = None if gate is None or _more_than_its_plan(gate) is not None else ready(gate)
-        means = None if plan is None or not plan.fits_tail else plan.means()
-        if gate is None or means is not None:
-            return normed.run(view, means, x, shortcut, act)
+    plan = None
+    if view is not None and gate is not None and not is_compiling() and _more_than_its_plan(gate) is None:
+        plan = ready(gate)
+    if view is not None and _together(view, x, plan is not None and plan.by_planes):
+        run = _with_norm(plan if plan is not None and plan.fits_tail else None, gate is not None)
+        if run is not None:
+            return run(view, x, shortcut, act)
     x = norm(x)
     if gate is not None:
         return gate(x, shortcut, act)
     return activations.apply(act, x if shortcut is None else x + shortcut)
+
+
+def weighed(gate: nn.Module, norm: nn.Module, x: Tensor, act: str = "relu") -> Tensor:
+    """act(norm(gate(x))) for the library's own networks: as one where that can be, else one by one."""
+    view = normed.read(norm) if tampered(norm) is None else None
+    if view is None or not (isinstance(gate, Planned) and goes_ahead(gate)) or _more_than_its_plan(gate) is not None:
+        return joined(norm, None, gate(x), None, act)
+    x, done = _weighed(gate, view, x, act)
+    return x if done else joined(norm, None, x, None, act)
 
 
 def tail_rule(where: str, sources: tuple[str, ...], tail: Tail) -> Rule:

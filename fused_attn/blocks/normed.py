@@ -6,8 +6,14 @@ With x̄ the mean of a sample's plane, z has the mean z̄ = a·(x̄ − μ) + β
 
     y = act(scale·(x − x̄) + shift + residual),   scale = s·a,   shift = s·z̄
 
-which `moments_affine` computes: μ and var come from the same moments as x̄, or are running ones. Ioffe and Szegedy,
-arXiv:1502.03167, alg. 1; running statistics keep the variance of n values, divided by n − 1, as PyTorch's do.
+which `moments_affine` computes: μ and var come from the same moments as x̄, or are running ones. A gate may stand before
+the norm, too, if it is a function of x̄ (PSA's): s·x has the moments s·x̄ and s²·m2, of which μ and var are made, and
+
+    y = act(scale·(x − x̄) + shift),   scale = a·s,   shift = a·(s·x̄ − μ) + β
+
+And a gate that normalises the planes of z, shuffle attention's, needs their variances besides, which are a²·m2/S.
+Ioffe and Szegedy, arXiv:1502.03167, alg. 1; running statistics keep the variance of n values, divided by n − 1, as
+PyTorch's do.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +28,9 @@ from ..layout import accumulator
 from ..ops.affine_apply import affine_apply
 from ..ops.affine_pool_scale import affine_pool_scale
 from ..ops.batch_affine import batch_affine, formula
+from ..ops.branch_affine import branch_moments_affine
 from ..ops.moments_affine import moments_affine
+from ..ops.moments_gate_shuffle import moments_gate_shuffle
 from ..plan import PLAIN, path, vars_of
 from .norms import affine, keep, uses_batch
 
@@ -38,12 +46,14 @@ Gate = tuple[Callable[..., Tensor], Sequence[Tensor]]  # a function of means (N,
 # On a CPU, how many elements a map must have for its norm to be computed with what follows it. A smaller one stays in a
 # cache, where a pass costs less than the dozen small calls around the kernels. Measured on a Xeon (2 MiB L2), one
 # thread, against PyTorch's norm and the fused gate behind it: at 0.8 M elements 1.0 to 1.5 times as fast, at 0.4 M 0.9
-# to 1.1, at 0.1 M half as fast. A gate behind an activation takes two passes that compute, and pays later.
+# to 1.1, at 0.1 M half as fast. A gate behind an activation, or one that differs from position to position, takes two
+# passes that compute, and pays later.
 LEAST = 800_000
 
 
-def pays(norm: "Norm", x: Tensor, behind_act: bool = False) -> bool:
-    """Whether a norm is worth computing with what follows it. behind_act: with a gate behind an activation."""
+def pays(norm: "Norm", x: Tensor, computes: bool = False) -> bool:
+    """Whether a norm is worth computing with what follows it. computes: with a gate behind an activation, or one that
+    differs from position to position."""
     if together(norm) is not None:  # all processes must answer the same, whatever the sizes of their batches
         return True
     if x.numel() == 0 or not has_kernel(x):
@@ -51,7 +61,7 @@ def pays(norm: "Norm", x: Tensor, behind_act: bool = False) -> bool:
     if not x.is_cpu:
         return True
     least = LEAST
-    if behind_act:
+    if computes:
         least = LEAST * 3 // 2 if torch.is_grad_enabled() else LEAST * 5 // 2
     return x.numel() >= least
 
@@ -220,6 +230,38 @@ class _Map:
             both = both * self.excite(both[1], *rest)
         return both if statistics is None else (both, statistics)
 
+    def planes(self, given: Tensor, *tensors: Tensor) -> Any:
+        """What `moments_gate_shuffle` asks for, of the norm and of a gate of the means and variances of its planes."""
+        assert self.excite is not None
+        own = len(self.tensors)
+        if self.batch:
+            both, statistics, _ = self.both(given, *tensors[:own])
+            scale, mean = both.unbind()
+        else:
+            both, statistics, _ = self.both(*tensors[:own])
+            mu = tensors[self.weighted + self.biased].to(self.acc)
+            scale = both[0]
+            mean = (given[0] - mu) * scale + both[1]
+        steep, offset = self.excite(mean, scale.square() * (given[1] / self.size), *tensors[own:])
+        values = torch.stack([scale, mean, steep * scale, offset])
+        return values if statistics is None else (values, statistics)
+
+    def ahead(self, given: Tensor, *tensors: Tensor) -> Any:
+        """Scale and shift of a gate of the means and of the norm behind it, relative to the means of the planes."""
+        assert self.excite is not None
+        own = len(self.tensors)
+        if self.batch:
+            mean, m2 = given.unbind()
+            s = self.excite(mean, *tensors[own:])
+            both, statistics, _ = self.both(torch.stack([s * mean, s.square() * m2]), *tensors[:own])
+            assert statistics is not None
+            scale, shift = both.unbind()
+            return torch.stack([scale * s, shift]), statistics
+        s = self.excite(given, *tensors[own:])
+        both, _, _ = self.both(*tensors[:own])
+        mu = tensors[self.weighted + self.biased].to(self.acc)
+        return torch.stack([both[0] * s, (s * given - mu) * both[0] + both[1]])
+
     def inside(self, *given: Tensor) -> Any:
         """Scale and shift of the norm alone: relative to the plane's mean, or to the running one."""
         both, statistics, _ = self.both(*given)
@@ -255,6 +297,39 @@ def run_inside(norm: Norm, gate: Gate, x: Tensor, act: str, slope: float = 0.01)
         x, maps.inside, excite, maps.tensors, tensors, moments=maps.batch, centre=centre, act=act, slope=slope
     )
     return _kept(norm, maps, out)
+
+
+def run_planes(
+    norm: Norm, gate: tuple[Callable[..., Any], Sequence[Tensor], int], x: Tensor, residual: Tensor | None = None,
+    act: str = "identity", slope: float = 0.01,
+) -> Tensor:  # fmt: skip
+    """act(gate(norm(x)) + residual), the gate shuffle attention: of the means and variances of the planes of norm(x).
+
+    gate: as `Plan.planes` returns it
+    """
+    logits, tensors, k = gate
+    maps = _Map(norm, x, logits)
+    given = (*maps.tensors, *tensors)
+    return _kept(norm, maps, moments_gate_shuffle(x, maps.planes, *given, k=k, residual=residual, act=act, slope=slope))
+
+
+def merged(maps: Sequence[Tensor]) -> Tensor:
+    """What stands for the map that branches are concatenated into, wherever only its shape and dtype are asked for."""
+    x = maps[0]
+    return x.detach().new_empty(()).expand(x.shape[0], len(maps) * x.shape[1], *x.shape[2:])
+
+
+def run_ahead(
+    norm: Norm, gate: Gate, maps: Sequence[Tensor], merge: str, act: str = "identity", slope: float = 0.01
+) -> Tensor:
+    """act(norm(s·x)), x the branches side by side, s = gate of the means of x: the gate before the norm."""
+    excite, tensors = gate
+    of = _Map(norm, merged(maps), excite)
+    out = branch_moments_affine(
+        *maps, excite=of.ahead, params=(*of.tensors, *tensors), merge=merge,
+        descriptor="moments" if of.batch else "mean", act=act, slope=slope,
+    )  # fmt: skip
+    return _kept(norm, of, out)
 
 
 def _centre(norm: Norm, x: Tensor) -> Tensor:

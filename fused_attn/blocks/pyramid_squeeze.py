@@ -12,13 +12,14 @@ What differs between published versions:
     SE        one for all branches; copies in other repositories have one for each, not registered as parameters
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan, Refused, Rule, fingerprint, path, register
+from ..ops.branch_softmax import gates_of
+from ..plan import Plan, Refused, Rule, by_structure, fingerprint, path, register
 from ..registry import Block, case
 from .competing import Competing, Head, convolution, foreign
 
@@ -29,9 +30,9 @@ _WEIGHTS = "d40162a8007a"  # the authors' SEWeightModule.forward
 class _Pyramid(Head):
     """The convolutions are called, `se` is the head."""
 
-    __slots__ = ("convs", "merge")
+    __slots__ = ("convs", "merge", "rank")
 
-    def __init__(self, module: nn.Module, weights: str | None, merge: str) -> None:
+    def __init__(self, module: nn.Module, weights: str | None, merge: str, dims: int = 2) -> None:
         skipped = ("se", "softmax") if weights is not None else ("se",)
         Plan.__init__(self, module, skipped, ("split_channel",) if weights is not None else ())
         children: dict[str, Any] = vars(module)["_modules"]
@@ -46,13 +47,30 @@ class _Pyramid(Head):
         self.read(inner, "fc1", "fc2", "relu", None, "sigmoid", vars(se)["_modules"])
         if self.groups != 1:
             raise Refused(f"the layers of se have {self.groups} groups")
-        self.convs, self.merge = tuple(children[name] for name in _CONVS), merge
+        self.convs, self.merge, self.rank = tuple(children[name] for name in _CONVS), merge, dims + 2
         self.outputs(len(self.convs), each=True)
         if weights is not None and vars(module)["split_channel"] != self.channels:
             raise Refused(f"split_channel is {vars(module)['split_channel']}, and se takes {self.channels}")
 
     def weigh(self, x: Tensor) -> Tensor:
-        return self.softmax([conv(x) for conv in self.convs], each=True, merge=self.merge)
+        return self.weighed(tuple(conv(x) for conv in self.convs))
+
+    def maps(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        return tuple(conv(x) for conv in self.convs) if x.dim() == self.rank else None
+
+    def weighed(self, maps: tuple[Tensor, ...]) -> Tensor:
+        return self.softmax(maps, each=True, merge=self.merge)
+
+    def weighs(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], str]:
+        excite, given = self.excite()
+        count, channels, backwards = len(self.convs), self.channels, self.merge == "concat_reversed"
+
+        def gates(p: Tensor, *tensors: Tensor) -> Tensor:
+            p = p.unflatten(1, (count, channels))
+            found = gates_of(excite(p.flip(1) if backwards else p, *tensors), count, channels, 1)
+            return (found.flip(1) if backwards else found).flatten(1)
+
+        return gates, tuple(given), self.merge
 
 
 class _Weights(nn.Module):
@@ -85,6 +103,8 @@ class PyramidSqueezeAttention(Competing):
     Raises ValueError for channels that can't be shared out.
     """
 
+    ahead: ClassVar[bool] = True
+
     def __init__(
         self,
         inplans: int,
@@ -116,7 +136,7 @@ class PyramidSqueezeAttention(Competing):
         self._finish()
 
     def _plan(self) -> Plan:
-        return _Pyramid(self, None, "concat_reversed" if self.reverse else "concat")
+        return _Pyramid(self, None, "concat_reversed" if self.reverse else "concat", self.dims)
 
     def takes(self) -> tuple[int, int]:
         return self.inplans, self.dims
@@ -128,19 +148,20 @@ class PyramidSqueezeAttention(Competing):
         return torch.cat(scaled[::-1] if self.reverse else scaled, 1)
 
 
+def _authors(where: str) -> Rule:
+    return Rule(
+        where,
+        foreign,
+        lambda module: _Pyramid(module, _WEIGHTS, "concat_reversed"),
+        {"forward": ("083fc0f23128",)},
+        ahead=True,
+    )
+
+
 # The authors' repository is no package: its classes are named by wherever the file is imported from. The fingerprints
 # are those of its published source (models/epsanet.py, models/SE_weight_module.py).
-RULES = register(
-    *(
-        Rule(
-            f"{where}.PSAModule",
-            foreign,
-            lambda module: _Pyramid(module, _WEIGHTS, "concat_reversed"),
-            {"forward": ("083fc0f23128",)},
-        )
-        for where in ("models.epsanet", "epsanet", "EPSANet.models.epsanet")
-    )
-)
+RULES = register(*(_authors(f"{where}.PSAModule") for where in ("models.epsanet", "epsanet", "EPSANet.models.epsanet")))
+by_structure("PSAModule", _authors)
 
 Block(
     name="pyramid_squeeze",

@@ -14,6 +14,7 @@ What differs between published versions:
     shuffle     the authors' `channel_shuffle` with 2 groups: channel j goes to 2j, channel C/2 + j to 2j + 1
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class ShufflePlan(Plan):
 
     __slots__ = ("eps", "norm", "parameters")
     fits_tail = True
+    by_planes = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, ("gn",))
@@ -60,6 +62,21 @@ class ShufflePlan(Plan):
             x, own["cweight"], own["cbias"], own["sweight"], own["sbias"], norm["weight"], norm["bias"],
             residual, self.eps, epilogue, epilogue_slope,
         )  # fmt: skip
+
+    def planes(self) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...], int]:
+        own, norm, eps = self.parameters, self.norm, self.eps
+        weights = *(own[name] for name in ("cweight", "cbias", "sweight", "sbias")), norm["weight"], norm["bias"]
+        k = weights[0].numel()
+
+        def logits(mean: Tensor, var: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+            cw, cb, sw, sb, nw, nb = (t.reshape(-1).to(mean.dtype) for t in given)
+            groups, none = mean.shape[1] // (2 * k), torch.zeros_like(cw)
+            # A number for each channel, so that what is computed for all samples runs along whole rows.
+            all_of = torch.stack([none, sw * nw, cw, none, cb, sw * nb + sb]).view(3, 1, 2, k)
+            by_rstd, by_mean, offset = all_of.expand(3, groups, 2, k).reshape(3, -1).unbind()
+            return by_rstd * (var + eps).rsqrt(), torch.addcmul(offset, by_mean, mean)
+
+        return logits, weights, k
 
 
 class ShuffleAttention(Planned):

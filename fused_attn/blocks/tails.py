@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import register
+from ..plan import Rule, by_structure, register
 from .chain import Branch, Tail, tail_rule
 
 
@@ -118,6 +118,16 @@ def _res2net(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         done.append(slices[-1] if self.pool is None else self.pool(slices[-1]))
     out = self.bn3(self.conv3(self.drop_block(torch.cat(done, 1))))
     return out, x if self.downsample is None else self.downsample(x)
+
+
+def _epsa(where: str) -> Rule:
+    """EPSANet's bottleneck, the authors' (models/epsanet.py): the attention stands before its norm."""
+    return tail_rule(where, ("5470e91340cb",), Tail((*_SENET, "conv3", "bn3"), None, "relu", inplace=True))
+
+
+def _sa(where: str) -> Rule:
+    """SA-Net's bottleneck, the authors' (models/sa_resnet.py)."""
+    return tail_rule(where, ("5222324906b8",), Tail((*_SENET, "conv3", "bn3"), "sa", "relu", inplace=True))
 
 
 _UNIT = (("body",), "se", "activ", None)
@@ -268,3 +278,7 @@ TAILS = register(
         Tail(_branches("rbr_skip", "rbr_scale", "rbr_conv"), "se", "activation"),
     ),
 )  # fmt: skip
+TAILS += register(*(_epsa(f"{where}.EPSABlock") for where in ("models.epsanet", "epsanet", "EPSANet.models.epsanet")))
+by_structure("EPSABlock", _epsa)
+TAILS += register(*(_sa(f"{where}.SABottleneck") for where in ("models.sa_resnet", "sa_resnet")))
+by_structure("SABottleneck", _sa)

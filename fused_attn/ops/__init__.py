@@ -3,6 +3,7 @@
 from .affine_apply import affine_apply
 from .affine_pool_scale import affine_pool_scale
 from .batch_affine import batch_affine
+from .branch_affine import branch_moments_affine
 from .branch_pool import branch_pool
 from .branch_scale import branch_scale
 from .branch_softmax import branch_softmax
@@ -13,6 +14,7 @@ from .group_similarity_scale import group_similarity_scale
 from .map_scale import map_scale
 from .merge_scale import bam_scale, scse_scale
 from .moments_affine import moments_affine
+from .moments_gate_shuffle import moments_gate_shuffle
 from .plane_conv import plane_conv
 from .plane_gate_shuffle import plane_gate_shuffle
 from .pool_conv_scale import pool_conv_scale
@@ -29,6 +31,7 @@ __all__ = [
     "affine_pool_scale",
     "bam_scale",
     "batch_affine",
+    "branch_moments_affine",
     "branch_pool",
     "branch_scale",
     "branch_softmax",
@@ -38,6 +41,7 @@ __all__ = [
     "group_similarity_scale",
     "map_scale",
     "moments_affine",
+    "moments_gate_shuffle",
     "plane_conv",
     "plane_gate_shuffle",
     "pool_conv_scale",

@@ -38,19 +38,27 @@ def _affine_apply_kernel(
         tl.store(tile.at(y_ptr, n, a, col, y_sn, y_sr, V), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def affine_apply(
+def fill(
     x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor | None, residual: Tensor | None, gate: Tensor | None,
-    act: str, slope: float,
-) -> Tensor:  # fmt: skip
-    y = torch.empty_like(x)
+    y: Tensor, act: str, slope: float,
+) -> None:  # fmt: skip
+    """Writes y, which may be channels of a larger map."""
     if not x.numel():
-        return y
+        return
     w = affine_kernels.walk(x, residual, y)
     dense = affine_kernels.dense
     tile.launch(
         _affine_apply_kernel, w.grid, x, x, dense(scale), dense(shift), dense(centre), dense(gate), residual, y,
         w.a, w.b, w.steps, *affine_kernels.flat(w), ACT=act, SLOPE=slope, **w.meta,
     )  # fmt: skip
+
+
+def affine_apply(
+    x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor | None, residual: Tensor | None, gate: Tensor | None,
+    act: str, slope: float,
+) -> Tensor:  # fmt: skip
+    y = torch.empty_like(x)
+    fill(x, scale, shift, centre, residual, gate, y, act, slope)
     return y
 
 
@@ -64,4 +72,4 @@ def affine_apply_bwd(
     return dx, sums, x.new_empty(0) if e is None else e
 
 
-__all__ = ["affine_apply", "affine_apply_bwd"]
+__all__ = ["affine_apply", "affine_apply_bwd", "fill"]
