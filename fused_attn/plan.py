@@ -172,6 +172,11 @@ class Plan:
         depends on more."""
         return None
 
+    def behind(self) -> Any:
+        """How the gate runs at once with a BatchNorm before it, residual and activation behind it: `means`, or
+        `blocks.normed.Planar` of a gate per channel and one per pixel; None where it can't."""
+        return self.means()
+
     def covers(self, plan_of: Callable[[nn.Module], "Plan | None"]) -> str:
         """What it computes at once, in words. plan_of: the plan of a gate inside it."""
         return "gate"

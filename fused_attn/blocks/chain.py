@@ -11,7 +11,7 @@ A BatchNorm is computed together with what follows it, where that is understood 
 A parent is described by data: which children are called, what the shortcut is, and what comes after. Containers whose
 forward is known are looked into. A forward is rewritten only where the original's source is a known one and nothing
 stands between gate, add and activation. Any mechanism's gate fits, as long as its plan runs a residual and an epilogue;
-a norm joins in where its gate is a function of the norm's means.
+a norm joins in where its gate says how it runs behind one: a function of the norm's means, or CBAM's two gates.
 """
 
 from collections.abc import Callable, Iterator
@@ -304,7 +304,7 @@ class TailPlan(Plan):
 
         def words(norm: bool, act: bool, gate: nn.Module | None, add: bool = False) -> list[str]:
             its = None if gate is None else plan_of(gate)
-            apart = norm and gate is not None and (its is None or its.means() is None)
+            apart = norm and gate is not None and (its is None or (its.behind() if add else its.means()) is None)
             first = [w for w, there in (("norm", norm and not (apart and add)), ("act", act and not add)) if there]
             rest = [w for w, there in (("gate", gate is not None), ("add", add), ("act", act and add)) if there]
             if apart and not add:  # the gate needs more than means, so it isn't in the norm's step
@@ -377,9 +377,9 @@ def forward(self: Any, x: Tensor) -> Tensor:
             x = _run(step, x)
         shortcut = tail.shortcut(self, given) if plan.skips else None
     together = norm is not None and _together(norm, x)
-    means = gate.means() if together and gate is not None else None
-    if norm is not None and (not together or (gate is not None and means is None)):
-        x, norm = plan.last(x), None  # type: ignore[misc]  # such a gate needs more of the norm's output than its means
+    behind = gate.behind() if together and gate is not None else None
+    if norm is not None and (not together or (gate is not None and behind is None)):
+        x, norm = plan.last(x), None  # type: ignore[misc]  # such a gate needs the norm's output itself
     joined, drops = True, plan.drops()
     if norm is None and gate is None:
         joined = False
@@ -397,7 +397,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
             )
             joined = False
         end = (shortcut, plan.epilogue, plan.slope) if joined else (None, "identity", 0.01)
-        x = normed.run(norm, means, x, *end) if norm is not None else gate.run(x, *end)  # type: ignore[union-attr]
+        x = normed.run(norm, behind, x, *end) if norm is not None else gate.run(x, *end)  # type: ignore[union-attr]
     if not joined:
         x = children[tail.drop_path](x) if drops else x
         if shortcut is not None:
@@ -419,9 +419,9 @@ def joined(
     view = normed.read(norm) if tampered(norm) is None else None
     if view is not None and _together(view, x):
         plan = None if gate is None or _more_than_its_plan(gate) is not None else ready(gate)
-        means = None if plan is None or not plan.fits_tail else plan.means()
-        if gate is None or means is not None:
-            return normed.run(view, means, x, shortcut, act)
+        behind = None if plan is None or not plan.fits_tail else plan.behind()
+        if gate is None or behind is not None:
+            return normed.run(view, behind, x, shortcut, act)
     x = norm(x)
     if gate is not None:
         return gate(x, shortcut, act)

@@ -6,7 +6,8 @@ With x̄ the mean of a sample's plane, z has the mean z̄ = a·(x̄ − μ) + β
 
     y = act(scale·(x − x̄) + shift + residual),   scale = s·a,   shift = s·z̄
 
-which `moments_affine` computes: μ and var come from the same moments as x̄, or are running ones. Ioffe and Szegedy,
+which `moments_affine` computes: μ and var come from the same moments as x̄, or are running ones. A gate per channel and
+one per pixel behind z are `affine_dual_scale`'s: the largest z is where x is largest, or smallest. Ioffe and Szegedy,
 arXiv:1502.03167, alg. 1; running statistics keep the variance of n values, divided by n − 1, as PyTorch's do.
 """
 
@@ -20,6 +21,7 @@ from torch.compiler import is_compiling
 from .. import backend
 from ..layout import accumulator
 from ..ops.affine_apply import affine_apply
+from ..ops.affine_dual_scale import affine_dual_scale
 from ..ops.affine_pool_scale import affine_pool_scale
 from ..ops.batch_affine import batch_affine, formula
 from ..ops.moments_affine import moments_affine
@@ -33,6 +35,20 @@ _FROZEN = "torchvision.ops.misc.FrozenBatchNorm2d"
 WITH_ACT = "timm.layers.norm_act.BatchNormAct2d"
 
 Gate = tuple[Callable[..., Tensor], Sequence[Tensor]]  # a function of means (N, C) and tensors, and those tensors
+
+
+class Planar(NamedTuple):
+    """A gate per channel and then one per pixel, as `affine_dual_scale` takes them.
+
+    channel, spatial: those functions, each with its tensors; pool: over pixels; ties: of both poolings
+    keep: gets the statistics that they return beside their gates, and x
+    """
+
+    channel: tuple[Callable[..., Any], Sequence[Tensor]]
+    spatial: tuple[Callable[..., Any], Sequence[Tensor]]
+    pool: str
+    ties: str
+    keep: Callable[[Sequence[Tensor], Tensor], None]
 
 
 # On a CPU, how many elements a map must have for its norm to be computed with what follows it. A smaller one stays in a
@@ -227,12 +243,15 @@ class _Map:
 
 
 def run(
-    norm: Norm, gate: Gate | None, x: Tensor, residual: Tensor | None = None, act: str = "identity", slope: float = 0.01
-) -> Tensor:
-    """act(norm(x)·s + residual), s = gate of the means of norm(x); without a gate s is 1.
+    norm: Norm, gate: Gate | Planar | None, x: Tensor, residual: Tensor | None = None, act: str = "identity",
+    slope: float = 0.01,
+) -> Tensor:  # fmt: skip
+    """act(norm(x)·s + residual), s = gate of the means of norm(x), or two of what is pooled; without a gate s is 1.
 
     x, residual: (N, C, *S); norm's running statistics are updated where it trains
     """
+    if isinstance(gate, Planar):
+        return _run_planar(norm, gate, x, residual, act, slope)
     excite, tensors = gate if gate is not None else (None, ())
     maps = _Map(norm, x, excite)
     if not maps.batch and excite is None:  # nothing of x is pooled
@@ -244,6 +263,21 @@ def run(
         x, maps.outside, *maps.tensors, *tensors, descriptor=what, residual=residual, act=act, slope=slope
     )
     return _kept(norm, maps, out)
+
+
+def _run_planar(
+    norm: Norm, gate: Planar, x: Tensor, residual: Tensor | None, act: str, slope: float
+) -> Tensor:  # fmt: skip
+    maps = _Map(norm, x)
+    out = affine_dual_scale(
+        x, maps.outside, gate.channel[0], gate.spatial[0], maps.tensors, gate.channel[1], gate.spatial[1],
+        moments=maps.batch, channel=gate.pool, ties=gate.ties, residual=residual, act=act, slope=slope,
+    )  # fmt: skip
+    y, *statistics = out if isinstance(out, tuple) else (out,)
+    if maps.batch:
+        keep(norm.its, statistics.pop(0), maps.count)
+    gate.keep(statistics, x)
+    return y
 
 
 def run_inside(norm: Norm, gate: Gate, x: Tensor, act: str, slope: float = 0.01) -> Tensor:
