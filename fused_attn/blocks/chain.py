@@ -409,6 +409,16 @@ def forward(self: Any, x: Tensor) -> Tensor:
     return x if tail.after is None else tail.after(self, x, given)
 
 
+class Joining(nn.Module):
+    """Base of the library's own parents that hand a gate to `joined`, where it isn't called unless something hangs on
+    it.
+
+    gate: the child's name, or None
+    """
+
+    gate: str | None
+
+
 def joined(
     norm: nn.Module, gate: nn.Module | None, x: Tensor, shortcut: Tensor | None = None, act: str = "relu"
 ) -> Tensor:

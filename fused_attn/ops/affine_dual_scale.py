@@ -106,13 +106,13 @@ def affine_pixel_scale(
 class Pooled(NamedTuple):
     """What pooling over pixels says of u = scale·(x − mean) + shift, from what it says of x.
 
-    p: the descriptor; rise: how far the place of u's maximum lies above x's mean; values, index: x there, and where
+    p: the descriptor; rise: how far the place of u's maximum lies above x's mean; values, where: x there, and the place
     """
 
     p: Tensor
     rise: Tensor
     values: Tensor
-    index: Tensor
+    where: Tensor
 
 
 def _describe(
@@ -128,7 +128,10 @@ def _describe(
     rise = values - mean
     # Where scale is 0 every value is a maximum, and the mean of all is the mean; or the first is.
     if ties == "first":
-        rise = torch.where(flat, x[(slice(None), slice(None), *(0,) * (x.dim() - 2))].to(rise.dtype) - mean, rise)
+        begin = x
+        for _ in x.shape[2:]:
+            begin = begin[..., 0]
+        rise = torch.where(flat, begin.to(rise.dtype) - mean, rise)
     else:
         rise = torch.where(flat, 0, rise)
     top = torch.where(flat, shift, scale * rise + shift)
