@@ -18,7 +18,7 @@ FA_INLINE Factor<V> factor_of(Merge merge, V gate, V pixel) {
 }
 
 // y = act(x·f + residual) over a row.
-template <class T, bool Fast, bool Planes>
+template <class T, bool Fast, bool Planes, bool Of>
 struct ScaleRow {
   using A = Acc<T>;
   const T *x, *residual;
@@ -39,7 +39,7 @@ struct ScaleRow {
     }
     const V g = Planes ? set<V>(*gate) : get<V>(gate + i), p = Planes ? get<V>(pixel + i) : set<V>(*pixel);
     V v = load<V>(x + i);
-    if (of.shift)
+    if constexpr (Of)
       v = multiply_add(g, v - (Planes ? set<V>(*of.centre) : get<V>(of.centre + i)),
                        Planes ? set<V>(*of.shift) : get<V>(of.shift + i)) *
           p;
@@ -56,7 +56,7 @@ struct ScaleRow {
   }
 };
 
-template <class T, bool Fast>
+template <class T, bool Fast, bool Of>
 void scale_rows_as(const Map& x, const Map& residual, const Map& y, Range rows, const Acc<T>* gate, const Acc<T>* pixel,
                    Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added, const Centred<Acc<T>>& of) {
   const auto shift = [](const Acc<T>* p, int64_t by) { return p ? p + by : nullptr; };
@@ -65,34 +65,34 @@ void scale_rows_as(const Map& x, const Map& residual, const Map& y, Range rows, 
   for (int64_t r = rows.begin; r < rows.end; ++r, at.next()) {
     const int64_t n = at.outer, i = at.inner;
     if (x.pixels) {
-      ScaleRow<T, Fast, false> f{x.pixel<const T>(n, i),
-                                 residual.data ? residual.pixel<const T>(n, i) : nullptr,
-                                 y.pixel<T>(n, i),
-                                 gate + n * x.c,
-                                 pixel + r,
-                                 shift(added.channel, n * x.c),
-                                 added.weight,
-                                 shift(added.plane, r),
-                                 {shift(of.centre, n * x.c), shift(of.shift, n * x.c)},
-                                 merge,
-                                 act,
-                                 slope,
-                                 stream};
+      ScaleRow<T, Fast, false, Of> f{x.pixel<const T>(n, i),
+                                     residual.data ? residual.pixel<const T>(n, i) : nullptr,
+                                     y.pixel<T>(n, i),
+                                     gate + n * x.c,
+                                     pixel + r,
+                                     shift(added.channel, n * x.c),
+                                     added.weight,
+                                     shift(added.plane, r),
+                                     {shift(of.centre, n * x.c), shift(of.shift, n * x.c)},
+                                     merge,
+                                     act,
+                                     slope,
+                                     stream};
       each<Acc<T>>(x.c, f);
     } else {
-      ScaleRow<T, Fast, true> f{x.plane<const T>(n, i),
-                                residual.data ? residual.plane<const T>(n, i) : nullptr,
-                                y.plane<T>(n, i),
-                                gate + r,
-                                pixel + n * x.s,
-                                shift(added.channel, r),
-                                shift(added.weight, i),
-                                shift(added.plane, n * x.s),
-                                {shift(of.centre, r), shift(of.shift, r)},
-                                merge,
-                                act,
-                                slope,
-                                stream};
+      ScaleRow<T, Fast, true, Of> f{x.plane<const T>(n, i),
+                                    residual.data ? residual.plane<const T>(n, i) : nullptr,
+                                    y.plane<T>(n, i),
+                                    gate + r,
+                                    pixel + n * x.s,
+                                    shift(added.channel, r),
+                                    shift(added.weight, i),
+                                    shift(added.plane, n * x.s),
+                                    {shift(of.centre, r), shift(of.shift, r)},
+                                    merge,
+                                    act,
+                                    slope,
+                                    stream};
       each<Acc<T>>(x.s, f);
     }
   }
@@ -102,15 +102,17 @@ void scale_rows_as(const Map& x, const Map& residual, const Map& y, Range rows, 
 template <class T>
 void scale_rows(const Map& x, const Map& residual, const Map& y, Range rows, const Acc<T>* gate, const Acc<T>* pixel,
                 Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added, const Centred<Acc<T>>& of) {
+  if (of.shift) return scale_rows_as<T, true, true>(x, residual, y, rows, gate, pixel, merge, act, slope, added, of);
   if constexpr (has_fast<T>) {
     if (merge == Merge::product)
-      return scale_rows_as<T, true>(x, residual, y, rows, gate, pixel, merge, act, slope, added, of);
+      return scale_rows_as<T, true, false>(x, residual, y, rows, gate, pixel, merge, act, slope, added, of);
   }
-  scale_rows_as<T, false>(x, residual, y, rows, gate, pixel, merge, act, slope, added, of);
+  scale_rows_as<T, false, false>(x, residual, y, rows, gate, pixel, merge, act, slope, added, of);
 }
 
-// R rows side by side, so that the arrays over columns are loaded and stored once for them.
-template <class T, bool Fast, Job J, bool Planes, int R>
+// Of: whether the map is centred. R rows side by side, so that the arrays over columns are loaded and stored once for
+// them.
+template <class T, bool Fast, Job J, bool Planes, bool Of, int R>
 struct Rows {
   using A = Acc<T>;
   using I = Integer<A>;
@@ -168,9 +170,9 @@ struct Rows {
   template <class V>
   FA_INLINE V applied(int j, int64_t i, V v, V& h) const {
     const V g = its<true, V>(gate, j, i), p = its<false, V>(pixel, j, i);
-    const V u = of.shift ? gated(j, i, v, g) : v * g;
+    const V u = Of ? gated(j, i, v, g) : v * g;
     h = V{};
-    if (dy[j]) h = (of.shift ? gradient<V>(u, p, j, i) : gradient<V>(v, g * p, j, i)) * p;
+    if (dy[j]) h = (Of ? gradient<V>(u, p, j, i) : gradient<V>(v, g * p, j, i)) * p;
     if (mean) h = h + its<false, V>(mean, j, i);
     if (share) {
       const V part = its<false, V>(share, j, i);
@@ -187,7 +189,7 @@ struct Rows {
       const V s = its<true, V>(sign, j, i);
       out = out + select(v > V{}, s, select(v < V{}, -s, V{}));
     }
-    if (tilt) out = out + its<true, V>(tilt, j, i) * (v - its<true, V>(of.centre, j, i));
+    if (Of && tilt) out = out + its<true, V>(tilt, j, i) * (v - its<true, V>(of.centre, j, i));
     return out;
   }
   // Sums over a row, or over this step's rows for one column: of v·h or x·e, how many maxima, and of h.
@@ -207,7 +209,7 @@ struct Rows {
     }
     if (total) put<V>(total + i, get<V>(total + i) + column.total);
     if (seen) put<V>(seen + i, get<V>(seen + i) + column.seen);
-    if (moved) put<V>(moved + i, get<V>(moved + i) + column.moved);
+    if (Of && moved) put<V>(moved + i, get<V>(moved + i) + column.moved);
   }
   template <class V>
   FA_INLINE void element(int j, int64_t i, Sum<V>& by_row, Sum<V>& column) const {
@@ -220,7 +222,7 @@ struct Rows {
       }
       if constexpr (J == Job::sums) {
         const V v = reads ? load<V>(x[j] + i) : set<V>(1), g = its<true, V>(gate, j, i), p = its<false, V>(pixel, j, i);
-        if (of.shift) {  // no pass that has a norm before it wants dgate of the sums
+        if constexpr (Of) {  // no pass that has a norm before it wants dgate of the sums
           const V u = gated(j, i, v, g), e = gradient<V>(u, p, j, i);
           (Planes ? column : by_row).total = (Planes ? column : by_row).total + e * u;
           if (counts) count_equal(u, j, i, by_row, column);
@@ -239,10 +241,10 @@ struct Rows {
         V h;
         if (sums) {
           const V out = applied<V>(j, i, v, h);
-          const V t = (of.shift ? v - its<true, V>(of.centre, j, i) : v) * h;
+          const V t = (Of ? v - its<true, V>(of.centre, j, i) : v) * h;
           by_row.total = by_row.total + t;
           column.total = column.total + t;
-          if (of.shift) by_row.moved = by_row.moved + h, column.moved = column.moved + h;
+          if (Of) by_row.moved = by_row.moved + h, column.moved = column.moved + h;
           if (counts) {
             const V one = select(v == its<true, V>(max, j, i), set<V>(1), V{});
             by_row.seen = by_row.seen + one;
@@ -279,24 +281,24 @@ struct Rows {
       if (n - i < width<A>) break;
       for (int j = 0; j < R; ++j) {
         aside[j] += sum(whole[j].total), whole[j].total = V{};
-        if (moved_by_row) moved_aside[j] += sum(whole[j].moved), whole[j].moved = V{};
+        if (Of && moved_by_row) moved_aside[j] += sum(whole[j].moved), whole[j].moved = V{};
       }
     }
     for (; i < n; ++i) step<A>(i, rest);
     for (int j = 0; j < R; ++j) {
       if (by_row) by_row[j] = A(aside[j] + (sum(whole[j].total) + rest[j].total));
       if (more_by_row) more_by_row[j] = sum(whole[j].seen) + rest[j].seen;
-      if (moved_by_row) moved_by_row[j] = A(moved_aside[j] + (sum(whole[j].moved) + rest[j].moved));
+      if (Of && moved_by_row) moved_by_row[j] = A(moved_aside[j] + (sum(whole[j].moved) + rest[j].moved));
     }
   }
 };
 
-template <class T, bool Fast, Job J, bool Planes, int R>
-FA_INLINE Rows<T, Fast, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64_t row, Acc<T>* total, Acc<T>* seen,
-                                              Acc<T>* moved) {
+template <class T, bool Fast, Job J, bool Planes, bool Of, int R>
+FA_INLINE Rows<T, Fast, J, Planes, Of, R> rows_at(const Dual<T>& d, int64_t n, int64_t row, Acc<T>* total, Acc<T>* seen,
+                                                  Acc<T>* moved) {
   using A = Acc<T>;
   const Map& x = d.x;
-  Rows<T, Fast, J, Planes, R> f;
+  Rows<T, Fast, J, Planes, Of, R> f;
   const auto at = [&](const Map& m, int j) -> const T* {
     if (!m.data) return nullptr;
     return Planes ? m.plane<const T>(n, row + j) : m.pixel<const T>(n, row + j);
@@ -328,7 +330,7 @@ FA_INLINE Rows<T, Fast, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64
 }
 
 // Rows [rows.begin, rows.end) of sample n; sums over columns go to total, seen and moved, where those are wanted.
-template <class T, Job J, bool Planes>
+template <class T, Job J, bool Planes, bool Of>
 void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen, Acc<T>* moved) {
   using A = Acc<T>;
   const int64_t columns = Planes ? d.x.s : d.x.c, every = Planes ? d.x.c : d.x.s;
@@ -343,16 +345,16 @@ void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* s
   if constexpr (has_fast<T>) {
     constexpr int R = J == Job::sums ? 4 : 2;
     for (; d.merge == Merge::product && r + R <= rows.end; r += R)
-      rows_at<T, true, J, Planes, R>(d, n, r, total, seen, moved).run(columns, to(by_row), to(more), to(shifted));
+      rows_at<T, true, J, Planes, Of, R>(d, n, r, total, seen, moved).run(columns, to(by_row), to(more), to(shifted));
   }
   for (; r < rows.end; ++r)
-    rows_at<T, false, J, Planes, 1>(d, n, r, total, seen, moved).run(columns, to(by_row), to(more), to(shifted));
+    rows_at<T, Of, J, Planes, Of, 1>(d, n, r, total, seen, moved).run(columns, to(by_row), to(more), to(shifted));
   if constexpr (J == Job::apply) {
     streamed(d.dx.data && streams<T>(d.dx));
     if (!d.back.first || !d.dx.data) return;
     // Few elements: what their passing wrote is computed again, so that it isn't rounded twice.
     const auto add = [&](int64_t row, int64_t column, int64_t c) {
-      const auto f = rows_at<T, false, J, Planes, 1>(d, n, row, nullptr, nullptr, nullptr);
+      const auto f = rows_at<T, Of, J, Planes, Of, 1>(d, n, row, nullptr, nullptr, nullptr);
       A h;
       const A v = f.reads ? load<A>(f.x[0] + column) : A(0);
       f.dx[0][column] = static_cast<T>(f.template applied<A>(0, column, v, h) + d.back.first[n * d.x.c + c]);
@@ -369,5 +371,9 @@ void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* s
 
 template <class T, bool Sums, bool Planes>
 void dual_pass(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen, Acc<T>* moved) {
-  dual_rows<T, Sums ? Job::sums : Job::apply, Planes>(d, n, rows, total, seen, moved);
+  constexpr Job J = Sums ? Job::sums : Job::apply;
+  if (d.of.shift)
+    dual_rows<T, J, Planes, true>(d, n, rows, total, seen, moved);
+  else
+    dual_rows<T, J, Planes, false>(d, n, rows, total, seen, moved);
 }

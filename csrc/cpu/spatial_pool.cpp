@@ -7,15 +7,15 @@
 
 namespace fa {
 
-template <class T, Pool K, bool Index>
-static void planes_as(const Map& x, const Acc<T>* gate, const Centred<Acc<T>>& of, Acc<T>* total, Acc<T>* most,
+template <class T, Pool K, bool Index, bool Of>
+static void planes_of(const Map& x, const Acc<T>* gate, const Centred<Acc<T>>& of, Acc<T>* total, Acc<T>* most,
                       int64_t* where) {
   using A = Acc<T>;
   using I = typename Dual<T>::I;
   const auto places = scratch<I>(Index ? x.n * x.s : 0);
   if (x.pixels) {
     parallel_for(0, x.n * x.s, grain(x.c), [&](int64_t b, int64_t e) {
-      FA_CALL(pool_columns, (T, K, Index), x, (Range{b, e}), gate, of, total, most, places.get());
+      FA_CALL(pool_columns, (T, K, Index, Of), x, (Range{b, e}), gate, of, total, most, places.get());
     });
     if constexpr (Index)
       for (int64_t i = 0; i < x.n * x.s; ++i) where[i] = places[i];
@@ -27,7 +27,7 @@ static void planes_as(const Map& x, const Acc<T>* gate, const Centred<Acc<T>>& o
     parallel_for(0, x.n * parts, 1, [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t c = i % parts * chunk;
-        FA_CALL(pool_chunk, (T, K, Index), x, i / parts, (Range{c, std::min(c + chunk, x.c)}), gate, of,
+        FA_CALL(pool_chunk, (T, K, Index, Of), x, i / parts, (Range{c, std::min(c + chunk, x.c)}), gate, of,
                 sums.get() + (K != Pool::max ? i * x.s : 0), tops.get() + (has_max(K) ? i * x.s : 0),
                 found.get() + (Index ? i * x.s : 0));
       }
@@ -47,6 +47,15 @@ static void planes_as(const Map& x, const Acc<T>* gate, const Centred<Acc<T>>& o
   }
   if constexpr (K != Pool::max)
     for (int64_t i = 0; i < x.n * x.s; ++i) total[i] /= A(x.c);
+}
+
+template <class T, Pool K, bool Index>
+static void planes_as(const Map& x, const Acc<T>* gate, const Centred<Acc<T>>& of, Acc<T>* total, Acc<T>* most,
+                      int64_t* where) {
+  if (of.shift)
+    planes_of<T, K, Index, true>(x, gate, of, total, most, where);
+  else
+    planes_of<T, K, Index, false>(x, gate, of, total, most, where);
 }
 
 template <class T>
