@@ -32,6 +32,7 @@ from .support import importable, table
 
 MODES = ("forward", "forward+backward")
 WITHOUT = "fused without the gate"
+APART = "fused, the norm apart"
 TAIL = "tail with SE"  # BatchNorm, SE, shortcut, ReLU
 SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # C and H = W of the stages of ResNet-50
 
@@ -131,7 +132,7 @@ class _Normed(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         own: Any = self.module
-        gate = None if own.gate is None else plan.ready(own.gate).means()  # type: ignore[union-attr]
+        gate = None if own.gate is None else plan.ready(own.gate).behind()  # type: ignore[union-attr]
         norm = normed.read(own.bn)
         assert norm is not None
         if isinstance(own, published.Inner):
@@ -145,6 +146,22 @@ def _tail(gate: Callable[[int], nn.Module] | None) -> Callable[[int], Pair]:
         module = published.Tail(c, None if gate is None else gate(c))
         beside = None if gate is None else (WITHOUT, _Normed(published.Tail(c, None)))
         return Pair(module, _Normed(module), "torch.nn and timm", beside)
+
+    return make
+
+
+class _Apart(_Normed):
+    """A tail whose norm is PyTorch's, and the rest of it fused."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        own: Any = self.module
+        return plan.ready(own.gate).run(own.bn(x), shortcut, "relu", 0.01)  # type: ignore[union-attr]
+
+
+def _two_gates(gate: Callable[[int], nn.Module]) -> Callable[[int], Pair]:
+    def make(c: int) -> Pair:
+        module = published.Tail(c, gate(c))
+        return Pair(module, _Normed(module), "torch.nn and timm", (APART, _Apart(module)))
 
     return make
 
@@ -227,6 +244,7 @@ CONTESTS = {
         Contest("SGE", lambda c: _loaded(published.GroupEnhance(), fused_attn.SpatialGroupEnhance())),
         Contest(TAIL, _tail(_layer("SEModule")), _two, "timm"),
         Contest("tail with ECA", _tail(_layer("EcaModule")), _two, "timm"),
+        Contest("tail with CBAM", _two_gates(_layer("CbamModule")), _two, "timm"),
         Contest("tail without a gate", _tail(None), _two),
         Contest("BatchNorm, SiLU, SE", _inner, needs="timm"),
         Contest("f1", _function(published.sigmoid_scale, lambda z, t: _ops.map_scale(t, z)), _two),

@@ -118,6 +118,7 @@ def test_backwards_are_reached(launches):
     ops.branch_softmax(x, excite=torch.sigmoid).sum().backward()
     ops.moments_affine(x, torch.sigmoid, residual=x, act="relu").sum().backward()
     ops.affine_pool_scale(x, torch.sigmoid, torch.sigmoid).sum().backward()
+    ops.affine_dual_scale(x, torch.sigmoid, lambda p: p[1], lambda q: q[:, 0]).sum().backward()
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
     for block in (fused_attn.CBAM(16), fused_attn.BAM(16), fused_attn.SpatialChannelSE(16)):
         block(x).sum().backward()
