@@ -208,3 +208,9 @@ def test_small_maps_keep_their_norm(monkeypatch):
     monkeypatch.setattr(normed, "LEAST", x.numel() + 1)
     assert not ran(block, x) & TOGETHER
     assert relative(block(x), whole) < 1e-12
+    monkeypatch.setattr(normed, "LEAST", x.numel())
+    assert ran(block, x) >= TOGETHER
+    with torch.no_grad():  # pays later
+        assert not ran(block, x) & {"affine_spatial_pool"}
+        monkeypatch.setattr(normed, "LEAST", x.numel() // 2)
+        assert ran(block, x) >= TOGETHER

@@ -340,6 +340,12 @@ def _together(norm: normed.Norm, x: Any, behind_act: bool = False) -> bool:
     )
 
 
+def _behind(gate: Plan, norm: normed.Norm, x: Tensor) -> Any:
+    """What the gate makes of a norm before it, or None where it needs the norm's output, or that is as fast."""
+    found = gate.behind()
+    return None if isinstance(found, normed.Planar) and not normed.pays(norm, x, planar=True) else found
+
+
 def _run(step: Step, x: Any) -> Any:
     """One step before the end."""
     behind_act = step.gate is not None and step.act != "identity"
@@ -377,9 +383,9 @@ def forward(self: Any, x: Tensor) -> Tensor:
             x = _run(step, x)
         shortcut = tail.shortcut(self, given) if plan.skips else None
     together = norm is not None and _together(norm, x)
-    behind = gate.behind() if together and gate is not None else None
+    behind = _behind(gate, norm, x) if norm is not None and together and gate is not None else None
     if norm is not None and (not together or (gate is not None and behind is None)):
-        x, norm = plan.last(x), None  # type: ignore[misc]  # such a gate needs the norm's output itself
+        x, norm = plan.last(x), None  # type: ignore[misc]
     joined, drops = True, plan.drops()
     if norm is None and gate is None:
         joined = False
@@ -429,7 +435,7 @@ def joined(
     view = normed.read(norm) if tampered(norm) is None else None
     if view is not None and _together(view, x):
         plan = None if gate is None or _more_than_its_plan(gate) is not None else ready(gate)
-        behind = None if plan is None or not plan.fits_tail else plan.behind()
+        behind = None if plan is None or not plan.fits_tail else _behind(plan, view, x)
         if gate is None or behind is not None:
             return normed.run(view, behind, x, shortcut, act)
     x = norm(x)

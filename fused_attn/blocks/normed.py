@@ -54,12 +54,14 @@ class Planar(NamedTuple):
 # On a CPU, how many elements a map must have for its norm to be computed with what follows it. A smaller one stays in a
 # cache, where a pass costs less than the dozen small calls around the kernels. Measured on a Xeon (2 MiB L2), one
 # thread, against PyTorch's norm and the fused gate behind it: at 0.8 M elements 1.0 to 1.5 times as fast, at 0.4 M 0.9
-# to 1.1, at 0.1 M half as fast. A gate behind an activation takes two passes that compute, and pays later.
+# to 1.1, at 0.1 M half as fast. A gate behind an activation takes two passes that compute, and pays later; so do a gate
+# per channel and one per pixel where nothing is trained: of the norm's two passes there one is left.
 LEAST = 800_000
 
 
-def pays(norm: "Norm", x: Tensor, behind_act: bool = False) -> bool:
-    """Whether a norm is worth computing with what follows it. behind_act: with a gate behind an activation."""
+def pays(norm: "Norm", x: Tensor, behind_act: bool = False, planar: bool = False) -> bool:
+    """Whether a norm is worth computing with what follows it. behind_act: with a gate behind an activation; planar:
+    with a gate per channel and one per pixel."""
     if together(norm) is not None:  # all processes must answer the same, whatever the sizes of their batches
         return True
     if x.numel() == 0 or not has_kernel(x):
@@ -69,6 +71,8 @@ def pays(norm: "Norm", x: Tensor, behind_act: bool = False) -> bool:
     least = LEAST
     if behind_act:
         least = LEAST * 3 // 2 if torch.is_grad_enabled() else LEAST * 5 // 2
+    if planar and not torch.is_grad_enabled():
+        least = LEAST * 2
     return x.numel() >= least
 
 
