@@ -32,7 +32,7 @@ from .support import importable, table
 
 MODES = ("forward", "forward+backward")
 WITHOUT = "fused without the gate"
-APART = "fused apart"  # the gate and the norm one after the other, each with what it could have before they were one
+APART = "fused, the norm apart"
 TAIL = "tail with SE"  # BatchNorm, SE, shortcut, ReLU
 SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))  # C and H = W of the stages of ResNet-50
 
@@ -132,7 +132,7 @@ class _Normed(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         own: Any = self.module
-        gate = None if own.gate is None else plan.ready(own.gate).means()  # type: ignore[union-attr]
+        gate = None if own.gate is None else plan.ready(own.gate).behind()  # type: ignore[union-attr]
         norm = normed.read(own.bn)
         assert norm is not None
         if isinstance(own, published.Inner):
@@ -178,7 +178,7 @@ def _tail(gate: Callable[[int], nn.Module] | None) -> Callable[[int], Pair]:
     return make
 
 
-class _Planes(nn.Module):
+class _Shuffled(nn.Module):
     """A norm, shuffle attention, the shortcut and ReLU, in the library's block.
 
     apart: the norm, and then the gate with what follows it; else as one, whatever the size of the map
@@ -197,15 +197,29 @@ class _Planes(nn.Module):
         assert norm is not None
         if self.apart:
             return found.run(self.bn(x), shortcut, "relu", 0.01)
-        planes = found.planes()
-        assert planes is not None
-        return normed.run_planes(norm, planes, x, shortcut, "relu")
+        return normed.run(norm, found.behind(), x, shortcut, "relu")
 
 
-def _planes(c: int) -> Pair:
+def _shuffled(c: int) -> Pair:
     module = published.Tail(c, published.Shuffle(c))
-    beside = (APART, _Planes(module, c, True))
-    return Pair(module, _Planes(module, c, False), "published equations and torch.nn", beside)
+    beside = (APART, _Shuffled(module, c, True))
+    return Pair(module, _Shuffled(module, c, False), "published equations and torch.nn", beside)
+
+
+class _Apart(_Normed):
+    """A tail whose norm is PyTorch's, and the rest of it fused."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        own: Any = self.module
+        return plan.ready(own.gate).run(own.bn(x), shortcut, "relu", 0.01)  # type: ignore[union-attr]
+
+
+def _two_gates(gate: Callable[[int], nn.Module]) -> Callable[[int], Pair]:
+    def make(c: int) -> Pair:
+        module = published.Tail(c, gate(c))
+        return Pair(module, _Normed(module), "torch.nn and timm", (APART, _Apart(module)))
+
+    return make
 
 
 def _inner(c: int) -> Pair:
@@ -286,9 +300,10 @@ CONTESTS = {
         Contest("SGE", lambda c: _loaded(published.GroupEnhance(), fused_attn.SpatialGroupEnhance())),
         Contest(TAIL, _tail(_layer("SEModule")), _two, "timm"),
         Contest("tail with ECA", _tail(_layer("EcaModule")), _two, "timm"),
+        Contest("tail with CBAM", _two_gates(_layer("CbamModule")), _two, "timm"),
         Contest("tail without a gate", _tail(None), _two),
         Contest("tail of PSA", _ahead, lambda n, c, s: [(n, c // 4, s, s)] * 4),
-        Contest("tail with Shuffle Attention", _planes, _two),
+        Contest("tail with Shuffle Attention", _shuffled, _two),
         Contest("BatchNorm, SiLU, SE", _inner, needs="timm"),
         Contest("f1", _function(published.sigmoid_scale, lambda z, t: _ops.map_scale(t, z)), _two),
         Contest("f2", _function(published.channel_norm_scale, lambda z, t: _ops.map_scale(t, z, "channels")), _two),

@@ -3,11 +3,19 @@
 // Maps are walked by rows: of planes a row is a channel and a column a pixel, of pixels the other way round. A sum over
 // a row stays in registers; a sum over a column is kept in an array of one chunk of rows, and the chunks' arrays are
 // added in order, so the bits don't depend on the number of threads.
+//
+// Where a map is centred, gate·(x − centre) + shift stands for x·gate (Centred): a norm before the gates.
 #pragma once
 
 #include "stages.h"
 
 namespace fa {
+
+// Two arrays over (n, c), both there or neither.
+template <class A>
+struct Centred {
+  const A *centre = nullptr, *shift = nullptr;
+};
 
 enum class Merge { product, sum, sigmoid_product, sigmoid_sum };
 Merge merge_of(const std::string& name);
@@ -43,10 +51,12 @@ struct Dual {
   // and where it is; or all of it at one channel
   const A *mean = nullptr, *share = nullptr, *top = nullptr, *first = nullptr;
   const I* place = nullptr;
-  Spread<A> back;                         // what pooling over pixels adds to dx
+  Centred<A> of;                          // then of a product of gates, dgate with the shift's dshift
+  Spread<A> back;                         // what pooling over pixels adds to dx; slope is of x − of.centre
   bool ones = false;                      // of sums: x is 1 everywhere, and not read
   A *dgate = nullptr, *dpixel = nullptr;  // sums, with
   A *count = nullptr, *shared = nullptr;  // how often x is back.max, per channel; x·gate is top, per pixel
+  A* dshift = nullptr;
 };
 
 // Sums: dgate, dpixel, shared; writes e to kept and e·f to dx where they have data.
@@ -65,7 +75,7 @@ struct Added {
 // y = act(x·f + residual + added).
 template <class T>
 void scale_both(const Map& x, const Map& residual, const Map& y, const Gates<Acc<T>>& gates, Merge merge, Act act,
-                double slope, const Added<Acc<T>>& added = {});
+                double slope, const Added<Acc<T>>& added = {}, const Centred<Acc<T>>& of = {});
 
 // How often x·gate is the pixel's maximum.
 template <class T>

@@ -152,94 +152,6 @@ inline constexpr const char* channel_moments_spelled_schema =
     "channel_moments_spelled(Tensor[] tensors, int mask, bool extrema) -> (Tensor, Tensor)";
 inline constexpr const char* channel_moments_options_schema = "channel_moments_options(int mask, bool extrema) -> int";
 
-struct affine_pool_options {
-  int64_t mask;
-  std::string act;
-  double slope;
-};
-inline int64_t affine_pool_register(int64_t mask, const std::string& act, double slope) {
-  return Table<affine_pool_options>::add({mask, act, slope});
-}
-Tensor affine_pool_cpu(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::string& act, double slope);
-inline Tensor affine_pool_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const affine_pool_options& o = Table<affine_pool_options>::at(options);
-  return affine_pool_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.act, o.slope);
-}
-inline constexpr const char* affine_pool_schema =
-    "affine_pool(Tensor[] tensors, int options) -> Tensor";
-inline Tensor affine_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
-  return affine_pool_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), act, slope);
-}
-inline constexpr const char* affine_pool_spelled_schema =
-    "affine_pool_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
-inline constexpr const char* affine_pool_options_schema = "affine_pool_options(int mask, str act, float slope) -> int";
-
-struct affine_pool_scale_reduce_options {
-  int64_t mask;
-  std::string act;
-  double slope;
-};
-inline int64_t affine_pool_scale_reduce_register(int64_t mask, const std::string& act, double slope) {
-  return Table<affine_pool_scale_reduce_options>::add({mask, act, slope});
-}
-Tensor affine_pool_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::string& act, double slope);
-inline Tensor affine_pool_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const affine_pool_scale_reduce_options& o = Table<affine_pool_scale_reduce_options>::at(options);
-  return affine_pool_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), o.act, o.slope);
-}
-inline constexpr const char* affine_pool_scale_reduce_schema =
-    "affine_pool_scale_reduce(Tensor[] tensors, int options) -> Tensor";
-inline Tensor affine_pool_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
-  return affine_pool_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), act, slope);
-}
-inline constexpr const char* affine_pool_scale_reduce_spelled_schema =
-    "affine_pool_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
-inline constexpr const char* affine_pool_scale_reduce_options_schema = "affine_pool_scale_reduce_options(int mask, str act, float slope) -> int";
-
-struct batch_affine_options {
-  int64_t mask;
-  int64_t size;
-  double eps;
-};
-inline int64_t batch_affine_register(int64_t mask, int64_t size, double eps) {
-  return Table<batch_affine_options>::add({mask, size, eps});
-}
-std::tuple<Tensor, Tensor> batch_affine_cpu(const Tensor& moments, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t size, double eps);
-inline std::tuple<Tensor, Tensor> batch_affine_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const batch_affine_options& o = Table<batch_affine_options>::at(options);
-  return batch_affine_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), o.size, o.eps);
-}
-inline constexpr const char* batch_affine_schema =
-    "batch_affine(Tensor[] tensors, int options) -> (Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor> batch_affine_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t size, double eps) {
-  return batch_affine_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), size, eps);
-}
-inline constexpr const char* batch_affine_spelled_schema =
-    "batch_affine_spelled(Tensor[] tensors, int mask, int size, float eps) -> (Tensor, Tensor)";
-inline constexpr const char* batch_affine_options_schema = "batch_affine_options(int mask, int size, float eps) -> int";
-
-struct batch_affine_bwd_options {
-  int64_t mask;
-  int64_t size;
-  double eps;
-};
-inline int64_t batch_affine_bwd_register(int64_t mask, int64_t size, double eps) {
-  return Table<batch_affine_bwd_options>::add({mask, size, eps});
-}
-std::tuple<Tensor, Tensor> batch_affine_bwd_cpu(const Tensor& moments, const Tensor& dboth, const Tensor& statistics, const std::optional<Tensor>& weight, int64_t size, double eps);
-inline std::tuple<Tensor, Tensor> batch_affine_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const batch_affine_bwd_options& o = Table<batch_affine_bwd_options>::at(options);
-  return batch_affine_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.size, o.eps);
-}
-inline constexpr const char* batch_affine_bwd_schema =
-    "batch_affine_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor> batch_affine_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t size, double eps) {
-  return batch_affine_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), size, eps);
-}
-inline constexpr const char* batch_affine_bwd_spelled_schema =
-    "batch_affine_bwd_spelled(Tensor[] tensors, int mask, int size, float eps) -> (Tensor, Tensor)";
-inline constexpr const char* batch_affine_bwd_options_schema = "batch_affine_bwd_options(int mask, int size, float eps) -> int";
-
 struct scale_options {
   int64_t mask;
   std::string act;
@@ -335,6 +247,265 @@ inline Tensor pool_scale_apply_spelled_call(const std::vector<Tensor>& tensors, 
 inline constexpr const char* pool_scale_apply_spelled_schema =
     "pool_scale_apply_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties) -> Tensor";
 inline constexpr const char* pool_scale_apply_options_schema = "pool_scale_apply_options(int mask, str act, float slope, str pool, str ties) -> int";
+
+struct spatial_pool_options {
+  int64_t mask;
+  std::string pool;
+  std::string ties;
+  bool return_index;
+};
+inline int64_t spatial_pool_register(int64_t mask, const std::string& pool, const std::string& ties, bool return_index) {
+  return Table<spatial_pool_options>::add({mask, pool, ties, return_index});
+}
+std::tuple<Tensor, Tensor> spatial_pool_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::string& pool, const std::string& ties, bool return_index);
+inline std::tuple<Tensor, Tensor> spatial_pool_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const spatial_pool_options& o = Table<spatial_pool_options>::at(options);
+  return spatial_pool_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), o.pool, o.ties, o.return_index);
+}
+inline constexpr const char* spatial_pool_schema =
+    "spatial_pool(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+Tensor spatial_pool_infer_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::string& pool, const std::string& ties, bool return_index);
+inline Tensor spatial_pool_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const spatial_pool_options& o = Table<spatial_pool_options>::at(options);
+  return spatial_pool_infer_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), o.pool, o.ties, o.return_index);
+}
+inline constexpr const char* spatial_pool_infer_schema =
+    "spatial_pool_infer(Tensor[] tensors, int options) -> Tensor";
+inline std::tuple<Tensor, Tensor> spatial_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool, const std::string& ties, bool return_index) {
+  return spatial_pool_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), pool, ties, return_index);
+}
+inline constexpr const char* spatial_pool_spelled_schema =
+    "spatial_pool_spelled(Tensor[] tensors, int mask, str pool, str ties, bool return_index) -> (Tensor, Tensor)";
+inline constexpr const char* spatial_pool_options_schema = "spatial_pool_options(int mask, str pool, str ties, bool return_index) -> int";
+
+struct spatial_pool_bwd_options {
+  int64_t mask;
+  std::string pool;
+  std::string ties;
+};
+inline int64_t spatial_pool_bwd_register(int64_t mask, const std::string& pool, const std::string& ties) {
+  return Table<spatial_pool_bwd_options>::add({mask, pool, ties});
+}
+std::tuple<Tensor, Tensor> spatial_pool_bwd_cpu(const Tensor& x, const std::optional<Tensor>& gate, const Tensor& dplanes, const Tensor& planes, const Tensor& index, const std::string& pool, const std::string& ties);
+inline std::tuple<Tensor, Tensor> spatial_pool_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const spatial_pool_bwd_options& o = Table<spatial_pool_bwd_options>::at(options);
+  return spatial_pool_bwd_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), o.pool, o.ties);
+}
+inline constexpr const char* spatial_pool_bwd_schema =
+    "spatial_pool_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> spatial_pool_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool, const std::string& ties) {
+  return spatial_pool_bwd_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), pool, ties);
+}
+inline constexpr const char* spatial_pool_bwd_spelled_schema =
+    "spatial_pool_bwd_spelled(Tensor[] tensors, int mask, str pool, str ties) -> (Tensor, Tensor)";
+inline constexpr const char* spatial_pool_bwd_options_schema = "spatial_pool_bwd_options(int mask, str pool, str ties) -> int";
+
+struct dual_scale_reduce_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string pool;
+  std::string ties;
+  bool residual;
+};
+inline int64_t dual_scale_reduce_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
+  return Table<dual_scale_reduce_options>::add({mask, act, slope, pool, ties, residual});
+}
+std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const Tensor& pixel, const std::optional<Tensor>& aux, const Tensor& planes, const std::optional<Tensor>& affine, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual);
+inline std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const dual_scale_reduce_options& o = Table<dual_scale_reduce_options>::at(options);
+  return dual_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), required(tensors, o.mask, 5), optional(tensors, o.mask, 6), o.act, o.slope, o.pool, o.ties, o.residual);
+}
+inline constexpr const char* dual_scale_reduce_schema =
+    "dual_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
+  return dual_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), required(tensors, mask, 5), optional(tensors, mask, 6), act, slope, pool, ties, residual);
+}
+inline constexpr const char* dual_scale_reduce_spelled_schema =
+    "dual_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties, bool residual) -> (Tensor, Tensor, Tensor)";
+inline constexpr const char* dual_scale_reduce_options_schema = "dual_scale_reduce_options(int mask, str act, float slope, str pool, str ties, bool residual) -> int";
+
+struct dual_scale_gate_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string pool;
+  std::string channel;
+  std::string ties;
+};
+inline int64_t dual_scale_gate_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
+  return Table<dual_scale_gate_options>::add({mask, act, slope, pool, channel, ties});
+}
+std::tuple<Tensor, Tensor> dual_scale_gate_cpu(const Tensor& x, const Tensor& e, const Tensor& gate, const Tensor& pixel, const Tensor& dplanes, const Tensor& planes, const Tensor& places, const Tensor& shared, const Tensor& values, const std::optional<Tensor>& affine, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties);
+inline std::tuple<Tensor, Tensor> dual_scale_gate_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const dual_scale_gate_options& o = Table<dual_scale_gate_options>::at(options);
+  return dual_scale_gate_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), required(tensors, o.mask, 7), required(tensors, o.mask, 8), optional(tensors, o.mask, 9), o.act, o.slope, o.pool, o.channel, o.ties);
+}
+inline constexpr const char* dual_scale_gate_schema =
+    "dual_scale_gate(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> dual_scale_gate_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
+  return dual_scale_gate_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), required(tensors, mask, 7), required(tensors, mask, 8), optional(tensors, mask, 9), act, slope, pool, channel, ties);
+}
+inline constexpr const char* dual_scale_gate_spelled_schema =
+    "dual_scale_gate_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str channel, str ties) -> (Tensor, Tensor)";
+inline constexpr const char* dual_scale_gate_options_schema = "dual_scale_gate_options(int mask, str act, float slope, str pool, str channel, str ties) -> int";
+
+struct dual_scale_apply_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+  std::string pool;
+  std::string channel;
+  std::string ties;
+};
+inline int64_t dual_scale_apply_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
+  return Table<dual_scale_apply_options>::add({mask, act, slope, pool, channel, ties});
+}
+Tensor dual_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate, const Tensor& pixel, const Tensor& dplanes, const Tensor& planes, const Tensor& places, const Tensor& shared, const Tensor& dpooled, const Tensor& values, const Tensor& index, const Tensor& count, const std::optional<Tensor>& affine, const std::optional<Tensor>& tilt, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties);
+inline Tensor dual_scale_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const dual_scale_apply_options& o = Table<dual_scale_apply_options>::at(options);
+  return dual_scale_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), required(tensors, o.mask, 7), required(tensors, o.mask, 8), required(tensors, o.mask, 9), required(tensors, o.mask, 10), required(tensors, o.mask, 11), optional(tensors, o.mask, 12), optional(tensors, o.mask, 13), o.act, o.slope, o.pool, o.channel, o.ties);
+}
+inline constexpr const char* dual_scale_apply_schema =
+    "dual_scale_apply(Tensor[] tensors, int options) -> Tensor";
+inline Tensor dual_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
+  return dual_scale_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), required(tensors, mask, 7), required(tensors, mask, 8), required(tensors, mask, 9), required(tensors, mask, 10), required(tensors, mask, 11), optional(tensors, mask, 12), optional(tensors, mask, 13), act, slope, pool, channel, ties);
+}
+inline constexpr const char* dual_scale_apply_spelled_schema =
+    "dual_scale_apply_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str channel, str ties) -> Tensor";
+inline constexpr const char* dual_scale_apply_options_schema = "dual_scale_apply_options(int mask, str act, float slope, str pool, str channel, str ties) -> int";
+
+struct affine_spatial_pool_options {
+  int64_t mask;
+  std::string pool;
+  bool return_index;
+};
+inline int64_t affine_spatial_pool_register(int64_t mask, const std::string& pool, bool return_index) {
+  return Table<affine_spatial_pool_options>::add({mask, pool, return_index});
+}
+std::tuple<Tensor, Tensor> affine_spatial_pool_cpu(const Tensor& x, const Tensor& gate, const Tensor& affine, const std::string& pool, bool return_index);
+inline std::tuple<Tensor, Tensor> affine_spatial_pool_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const affine_spatial_pool_options& o = Table<affine_spatial_pool_options>::at(options);
+  return affine_spatial_pool_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), o.pool, o.return_index);
+}
+inline constexpr const char* affine_spatial_pool_schema =
+    "affine_spatial_pool(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> affine_spatial_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool, bool return_index) {
+  return affine_spatial_pool_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), pool, return_index);
+}
+inline constexpr const char* affine_spatial_pool_spelled_schema =
+    "affine_spatial_pool_spelled(Tensor[] tensors, int mask, str pool, bool return_index) -> (Tensor, Tensor)";
+inline constexpr const char* affine_spatial_pool_options_schema = "affine_spatial_pool_options(int mask, str pool, bool return_index) -> int";
+
+struct affine_pixel_scale_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+};
+inline int64_t affine_pixel_scale_register(int64_t mask, const std::string& act, double slope) {
+  return Table<affine_pixel_scale_options>::add({mask, act, slope});
+}
+Tensor affine_pixel_scale_cpu(const Tensor& x, const Tensor& gate, const Tensor& affine, const Tensor& pixel, const std::optional<Tensor>& residual, const std::string& act, double slope);
+inline Tensor affine_pixel_scale_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const affine_pixel_scale_options& o = Table<affine_pixel_scale_options>::at(options);
+  return affine_pixel_scale_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), o.act, o.slope);
+}
+inline constexpr const char* affine_pixel_scale_schema =
+    "affine_pixel_scale(Tensor[] tensors, int options) -> Tensor";
+inline Tensor affine_pixel_scale_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
+  return affine_pixel_scale_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), act, slope);
+}
+inline constexpr const char* affine_pixel_scale_spelled_schema =
+    "affine_pixel_scale_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
+inline constexpr const char* affine_pixel_scale_options_schema = "affine_pixel_scale_options(int mask, str act, float slope) -> int";
+
+struct affine_pool_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+};
+inline int64_t affine_pool_register(int64_t mask, const std::string& act, double slope) {
+  return Table<affine_pool_options>::add({mask, act, slope});
+}
+Tensor affine_pool_cpu(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::string& act, double slope);
+inline Tensor affine_pool_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const affine_pool_options& o = Table<affine_pool_options>::at(options);
+  return affine_pool_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.act, o.slope);
+}
+inline constexpr const char* affine_pool_schema =
+    "affine_pool(Tensor[] tensors, int options) -> Tensor";
+inline Tensor affine_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
+  return affine_pool_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), act, slope);
+}
+inline constexpr const char* affine_pool_spelled_schema =
+    "affine_pool_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
+inline constexpr const char* affine_pool_options_schema = "affine_pool_options(int mask, str act, float slope) -> int";
+
+struct affine_pool_scale_reduce_options {
+  int64_t mask;
+  std::string act;
+  double slope;
+};
+inline int64_t affine_pool_scale_reduce_register(int64_t mask, const std::string& act, double slope) {
+  return Table<affine_pool_scale_reduce_options>::add({mask, act, slope});
+}
+Tensor affine_pool_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& centre, const std::string& act, double slope);
+inline Tensor affine_pool_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const affine_pool_scale_reduce_options& o = Table<affine_pool_scale_reduce_options>::at(options);
+  return affine_pool_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), o.act, o.slope);
+}
+inline constexpr const char* affine_pool_scale_reduce_schema =
+    "affine_pool_scale_reduce(Tensor[] tensors, int options) -> Tensor";
+inline Tensor affine_pool_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope) {
+  return affine_pool_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), act, slope);
+}
+inline constexpr const char* affine_pool_scale_reduce_spelled_schema =
+    "affine_pool_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope) -> Tensor";
+inline constexpr const char* affine_pool_scale_reduce_options_schema = "affine_pool_scale_reduce_options(int mask, str act, float slope) -> int";
+
+struct batch_affine_options {
+  int64_t mask;
+  int64_t size;
+  double eps;
+};
+inline int64_t batch_affine_register(int64_t mask, int64_t size, double eps) {
+  return Table<batch_affine_options>::add({mask, size, eps});
+}
+std::tuple<Tensor, Tensor> batch_affine_cpu(const Tensor& moments, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t size, double eps);
+inline std::tuple<Tensor, Tensor> batch_affine_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const batch_affine_options& o = Table<batch_affine_options>::at(options);
+  return batch_affine_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), optional(tensors, o.mask, 2), o.size, o.eps);
+}
+inline constexpr const char* batch_affine_schema =
+    "batch_affine(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> batch_affine_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t size, double eps) {
+  return batch_affine_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), optional(tensors, mask, 2), size, eps);
+}
+inline constexpr const char* batch_affine_spelled_schema =
+    "batch_affine_spelled(Tensor[] tensors, int mask, int size, float eps) -> (Tensor, Tensor)";
+inline constexpr const char* batch_affine_options_schema = "batch_affine_options(int mask, int size, float eps) -> int";
+
+struct batch_affine_bwd_options {
+  int64_t mask;
+  int64_t size;
+  double eps;
+};
+inline int64_t batch_affine_bwd_register(int64_t mask, int64_t size, double eps) {
+  return Table<batch_affine_bwd_options>::add({mask, size, eps});
+}
+std::tuple<Tensor, Tensor> batch_affine_bwd_cpu(const Tensor& moments, const Tensor& dboth, const Tensor& statistics, const std::optional<Tensor>& weight, int64_t size, double eps);
+inline std::tuple<Tensor, Tensor> batch_affine_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
+  const batch_affine_bwd_options& o = Table<batch_affine_bwd_options>::at(options);
+  return batch_affine_bwd_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), optional(tensors, o.mask, 3), o.size, o.eps);
+}
+inline constexpr const char* batch_affine_bwd_schema =
+    "batch_affine_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
+inline std::tuple<Tensor, Tensor> batch_affine_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, int64_t size, double eps) {
+  return batch_affine_bwd_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), optional(tensors, mask, 3), size, eps);
+}
+inline constexpr const char* batch_affine_bwd_spelled_schema =
+    "batch_affine_bwd_spelled(Tensor[] tensors, int mask, int size, float eps) -> (Tensor, Tensor)";
+inline constexpr const char* batch_affine_bwd_options_schema = "batch_affine_bwd_options(int mask, int size, float eps) -> int";
 
 struct moments_affine_reduce_options {
   int64_t mask;
@@ -554,133 +725,6 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 inline constexpr const char* branch_scale_apply_spelled_schema =
     "branch_scale_apply_spelled(Tensor[] tensors, int mask, str merge) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr const char* branch_scale_apply_options_schema = "branch_scale_apply_options(int mask, str merge) -> int";
-
-struct spatial_pool_options {
-  int64_t mask;
-  std::string pool;
-  std::string ties;
-  bool return_index;
-};
-inline int64_t spatial_pool_register(int64_t mask, const std::string& pool, const std::string& ties, bool return_index) {
-  return Table<spatial_pool_options>::add({mask, pool, ties, return_index});
-}
-std::tuple<Tensor, Tensor> spatial_pool_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::string& pool, const std::string& ties, bool return_index);
-inline std::tuple<Tensor, Tensor> spatial_pool_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const spatial_pool_options& o = Table<spatial_pool_options>::at(options);
-  return spatial_pool_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), o.pool, o.ties, o.return_index);
-}
-inline constexpr const char* spatial_pool_schema =
-    "spatial_pool(Tensor[] tensors, int options) -> (Tensor, Tensor)";
-Tensor spatial_pool_infer_cpu(const Tensor& x, const std::optional<Tensor>& gate, const std::string& pool, const std::string& ties, bool return_index);
-inline Tensor spatial_pool_infer_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const spatial_pool_options& o = Table<spatial_pool_options>::at(options);
-  return spatial_pool_infer_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), o.pool, o.ties, o.return_index);
-}
-inline constexpr const char* spatial_pool_infer_schema =
-    "spatial_pool_infer(Tensor[] tensors, int options) -> Tensor";
-inline std::tuple<Tensor, Tensor> spatial_pool_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool, const std::string& ties, bool return_index) {
-  return spatial_pool_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), pool, ties, return_index);
-}
-inline constexpr const char* spatial_pool_spelled_schema =
-    "spatial_pool_spelled(Tensor[] tensors, int mask, str pool, str ties, bool return_index) -> (Tensor, Tensor)";
-inline constexpr const char* spatial_pool_options_schema = "spatial_pool_options(int mask, str pool, str ties, bool return_index) -> int";
-
-struct spatial_pool_bwd_options {
-  int64_t mask;
-  std::string pool;
-  std::string ties;
-};
-inline int64_t spatial_pool_bwd_register(int64_t mask, const std::string& pool, const std::string& ties) {
-  return Table<spatial_pool_bwd_options>::add({mask, pool, ties});
-}
-std::tuple<Tensor, Tensor> spatial_pool_bwd_cpu(const Tensor& x, const std::optional<Tensor>& gate, const Tensor& dplanes, const Tensor& planes, const Tensor& index, const std::string& pool, const std::string& ties);
-inline std::tuple<Tensor, Tensor> spatial_pool_bwd_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const spatial_pool_bwd_options& o = Table<spatial_pool_bwd_options>::at(options);
-  return spatial_pool_bwd_cpu(required(tensors, o.mask, 0), optional(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), o.pool, o.ties);
-}
-inline constexpr const char* spatial_pool_bwd_schema =
-    "spatial_pool_bwd(Tensor[] tensors, int options) -> (Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor> spatial_pool_bwd_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& pool, const std::string& ties) {
-  return spatial_pool_bwd_cpu(required(tensors, mask, 0), optional(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), pool, ties);
-}
-inline constexpr const char* spatial_pool_bwd_spelled_schema =
-    "spatial_pool_bwd_spelled(Tensor[] tensors, int mask, str pool, str ties) -> (Tensor, Tensor)";
-inline constexpr const char* spatial_pool_bwd_options_schema = "spatial_pool_bwd_options(int mask, str pool, str ties) -> int";
-
-struct dual_scale_reduce_options {
-  int64_t mask;
-  std::string act;
-  double slope;
-  std::string pool;
-  std::string ties;
-  bool residual;
-};
-inline int64_t dual_scale_reduce_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
-  return Table<dual_scale_reduce_options>::add({mask, act, slope, pool, ties, residual});
-}
-std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate, const Tensor& pixel, const std::optional<Tensor>& aux, const Tensor& planes, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual);
-inline std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const dual_scale_reduce_options& o = Table<dual_scale_reduce_options>::at(options);
-  return dual_scale_reduce_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), optional(tensors, o.mask, 4), required(tensors, o.mask, 5), o.act, o.slope, o.pool, o.ties, o.residual);
-}
-inline constexpr const char* dual_scale_reduce_schema =
-    "dual_scale_reduce(Tensor[] tensors, int options) -> (Tensor, Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& ties, bool residual) {
-  return dual_scale_reduce_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), optional(tensors, mask, 4), required(tensors, mask, 5), act, slope, pool, ties, residual);
-}
-inline constexpr const char* dual_scale_reduce_spelled_schema =
-    "dual_scale_reduce_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str ties, bool residual) -> (Tensor, Tensor, Tensor)";
-inline constexpr const char* dual_scale_reduce_options_schema = "dual_scale_reduce_options(int mask, str act, float slope, str pool, str ties, bool residual) -> int";
-
-struct dual_scale_gate_options {
-  int64_t mask;
-  std::string act;
-  double slope;
-  std::string pool;
-  std::string channel;
-  std::string ties;
-};
-inline int64_t dual_scale_gate_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
-  return Table<dual_scale_gate_options>::add({mask, act, slope, pool, channel, ties});
-}
-std::tuple<Tensor, Tensor> dual_scale_gate_cpu(const Tensor& x, const Tensor& e, const Tensor& gate, const Tensor& pixel, const Tensor& dplanes, const Tensor& planes, const Tensor& places, const Tensor& shared, const Tensor& values, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties);
-inline std::tuple<Tensor, Tensor> dual_scale_gate_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const dual_scale_gate_options& o = Table<dual_scale_gate_options>::at(options);
-  return dual_scale_gate_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), required(tensors, o.mask, 7), required(tensors, o.mask, 8), o.act, o.slope, o.pool, o.channel, o.ties);
-}
-inline constexpr const char* dual_scale_gate_schema =
-    "dual_scale_gate(Tensor[] tensors, int options) -> (Tensor, Tensor)";
-inline std::tuple<Tensor, Tensor> dual_scale_gate_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
-  return dual_scale_gate_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), required(tensors, mask, 7), required(tensors, mask, 8), act, slope, pool, channel, ties);
-}
-inline constexpr const char* dual_scale_gate_spelled_schema =
-    "dual_scale_gate_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str channel, str ties) -> (Tensor, Tensor)";
-inline constexpr const char* dual_scale_gate_options_schema = "dual_scale_gate_options(int mask, str act, float slope, str pool, str channel, str ties) -> int";
-
-struct dual_scale_apply_options {
-  int64_t mask;
-  std::string act;
-  double slope;
-  std::string pool;
-  std::string channel;
-  std::string ties;
-};
-inline int64_t dual_scale_apply_register(int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
-  return Table<dual_scale_apply_options>::add({mask, act, slope, pool, channel, ties});
-}
-Tensor dual_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate, const Tensor& pixel, const Tensor& dplanes, const Tensor& planes, const Tensor& places, const Tensor& shared, const Tensor& dpooled, const Tensor& values, const Tensor& index, const Tensor& count, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties);
-inline Tensor dual_scale_apply_call(const std::vector<Tensor>& tensors, int64_t options) {
-  const dual_scale_apply_options& o = Table<dual_scale_apply_options>::at(options);
-  return dual_scale_apply_cpu(required(tensors, o.mask, 0), required(tensors, o.mask, 1), required(tensors, o.mask, 2), required(tensors, o.mask, 3), required(tensors, o.mask, 4), required(tensors, o.mask, 5), required(tensors, o.mask, 6), required(tensors, o.mask, 7), required(tensors, o.mask, 8), required(tensors, o.mask, 9), required(tensors, o.mask, 10), required(tensors, o.mask, 11), o.act, o.slope, o.pool, o.channel, o.ties);
-}
-inline constexpr const char* dual_scale_apply_schema =
-    "dual_scale_apply(Tensor[] tensors, int options) -> Tensor";
-inline Tensor dual_scale_apply_spelled_call(const std::vector<Tensor>& tensors, int64_t mask, const std::string& act, double slope, const std::string& pool, const std::string& channel, const std::string& ties) {
-  return dual_scale_apply_cpu(required(tensors, mask, 0), required(tensors, mask, 1), required(tensors, mask, 2), required(tensors, mask, 3), required(tensors, mask, 4), required(tensors, mask, 5), required(tensors, mask, 6), required(tensors, mask, 7), required(tensors, mask, 8), required(tensors, mask, 9), required(tensors, mask, 10), required(tensors, mask, 11), act, slope, pool, channel, ties);
-}
-inline constexpr const char* dual_scale_apply_spelled_schema =
-    "dual_scale_apply_spelled(Tensor[] tensors, int mask, str act, float slope, str pool, str channel, str ties) -> Tensor";
-inline constexpr const char* dual_scale_apply_options_schema = "dual_scale_apply_options(int mask, str act, float slope, str pool, str channel, str ties) -> int";
 
 struct shared_mlp_options {
   int64_t mask;

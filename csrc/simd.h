@@ -79,6 +79,40 @@ FA_INLINE V set(Element<V> a) {
   else
     return a;
 }
+// a·b + c. Rounded once where the processor can, and everywhere alike: what one pass finds to be the largest, another
+// must find equal to it, whatever a compiler makes of the code around.
+FA_INLINE float multiply_add(float a, float b, float c) {
+#if FA_BYTES > 16
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+FA_INLINE double multiply_add(double a, double b, double c) {
+#if FA_BYTES > 16
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+FA_INLINE VecF multiply_add(VecF a, VecF b, VecF c) {
+#if FA_BYTES == 64
+  return _mm512_fmadd_ps(a, b, c);
+#elif FA_BYTES == 32
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+FA_INLINE VecD multiply_add(VecD a, VecD b, VecD c) {
+#if FA_BYTES == 64
+  return _mm512_fmadd_pd(a, b, c);
+#elif FA_BYTES == 32
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 template <class M, class V>
 FA_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import backend, plan
+from .blocks.chain import Joining
 from .convert import recognised, refusal, table
 
 __all__ = ["Explanation", "Line", "explain"]
@@ -119,8 +120,13 @@ def _track(root: Any, names: dict[int, str], running: list[str]) -> list[Any]:
     if not isinstance(root, nn.Module) or any(_is_compiled(module) for module in root.modules()):
         return []
     # The library's own bottlenecks run the gate that they join with a norm.
-    planned = [m for m in root.modules() if isinstance(m, plan.Planned) or vars(m).get("joins") is True]
-    inside = {id(child) for module in planned for child in module.modules() if child is not module}
+    planned = [module for module in root.modules() if isinstance(module, (plan.Planned, Joining))]
+    inside: set[int] = set()
+    for module in planned:
+        if not isinstance(module, Joining):
+            inside |= {id(child) for child in module.modules() if child is not module}
+        elif module.gate is not None:
+            inside.add(id(module.get_submodule(module.gate)))
     handles = []
     for module in planned:
         if id(module) in inside:

@@ -39,7 +39,7 @@ from .blocks import (
     ShuffleAttention,
     SpatialGroupEnhance,
 )
-from .blocks.chain import joined, weighed
+from .blocks.chain import Joining, joined, weighed
 from .blocks.residual_attention import AttentionMask, PreActivationUnit
 
 __all__ = [
@@ -95,7 +95,7 @@ class Network:
     about: str = ""
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Joining):
     """1×1, 3×3, 1×1 convolutions with norms, then the gate where there is one, the shortcut, and ReLU."""
 
     expansion = 4
@@ -116,7 +116,7 @@ class Bottleneck(nn.Module):
         self.downsample = None
         if stride != 1 or inplanes != out:
             self.downsample = nn.Sequential(nn.Conv2d(inplanes, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-        self.gate = network.attribute if network.where == "gate" else None
+        self.gate: str | None = network.attribute if network.where == "gate" else None
         if self.gate is not None:
             self.add_module(self.gate, network.make(out, 1, **options))
 

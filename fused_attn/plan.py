@@ -69,7 +69,6 @@ class Plan:
 
     # Whether `run` is the module's whole forward, and takes a residual and an epilogue: what a parent's tail needs.
     fits_tail: ClassVar[bool] = False
-    by_planes: ClassVar[bool] = False  # whether it has `planes`
     traces: ClassVar[bool] = True  # whether `run` takes what torch.fx puts in a tensor's place
     # Whether a compiled program without gradients is better off with the plain equations: its compiler joins a gate of
     # means with the norm in front of it, which an operator that it can't look into would keep apart.
@@ -177,11 +176,10 @@ class Plan:
         depends on more."""
         return None
 
-    def planes(self) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...], int] | None:
-        """The gate as a sigmoid, at each position, of a function of its input's planes, behind which channels are
-        shuffled: what `moments_gate_shuffle` runs. (means, variances, tensors) -> what the input less its mean is
-        multiplied by, and the offset, (N, C); those tensors; and K. None where it is another."""
-        return None
+    def behind(self) -> Any:
+        """How the gate runs at once with a BatchNorm before it, residual and activation behind it: `means`, or what
+        else `blocks.normed.run` takes; None where it can't."""
+        return self.means()
 
     def maps(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """The maps that the gate weighs and merges, where a norm may stand behind it; None where it doesn't take x."""

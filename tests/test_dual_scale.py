@@ -141,6 +141,9 @@ TOTALS = {
     "first": ((3, 1), (5, 1)),
     "split, residual, relu": ((4, 1), (7, 2)),
     "first, residual, relu": ((4, 1), (6, 2)),
+    "norm, split": ((3, 1), (6, 1)),
+    "norm, first, residual, relu": ((4, 1), (7, 2)),
+    "norm, split, residual, relu": ((4, 1), (7, 2)),
     "bam": ((2, 1), (4, 1)),
     "scse": ((2, 1), (4, 1)),
 }
@@ -187,6 +190,9 @@ def count(library):
                     return ops.bam_scale(x, channel, lambda x: _Free.apply(x, pixel), w)
                 if what == "scse":
                     return ops.scse_scale(x, k, channel, torch.sigmoid, (w,))
+                if what.startswith("norm"):
+                    return ops.affine_dual_scale(x, norm, channel, planar, (k, k), (w,), (k,),
+                                                 ties=what.split(", ")[1], **tail)  # fmt: skip
                 return ops.dual_scale(x, channel, planar, (w,), (k,), ties=what.split(",")[0], **tail)
 
             with use_backend("cpp"):
@@ -202,6 +208,11 @@ def count(library):
                     halves.append((reads + mode.passes.reads, writes + mode.passes.writes))
             found[f"{what}, {layout}"] = halves
     print(json.dumps(found))
+
+
+def norm(moments, weight, bias):
+    """Some norm that uses all it gets."""
+    return torch.stack([weight * (1 + moments[1]).rsqrt(), bias + moments[0]])
 
 
 class _Free(torch.autograd.Function):

@@ -119,6 +119,7 @@ def test_backwards_are_reached(launches):
     ops.moments_affine(x, torch.sigmoid, residual=x, act="relu").sum().backward()
     ops.affine_pool_scale(x, torch.sigmoid, torch.sigmoid).sum().backward()
     ops.branch_moments_affine(x, x, excite=torch.sigmoid, act="relu").sum().backward()
+    ops.affine_dual_scale(x, torch.sigmoid, lambda p: p[1], lambda q: q[:, 0]).sum().backward()
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
     ops.moments_gate_shuffle(x, lambda m: m.repeat(2, 1, 1), k=2, residual=x, act="relu").sum().backward()
     for block in (fused_attn.CBAM(16), fused_attn.BAM(16), fused_attn.SpatialChannelSE(16)):

@@ -54,12 +54,12 @@ BLOCKS = {
         lambda: resnet.Bottleneck(C, C // 4, attn_layer="eca"), "norm + act, norm + gate + add + act",
     ),
     "resnet.Bottleneck cbam": (
-        lambda: resnet.Bottleneck(C, C // 4, attn_layer="cbam"), "norm + act, gate + add + act",
+        lambda: resnet.Bottleneck(C, C // 4, attn_layer="cbam"), "norm + act, norm + gate + add + act",
     ),
     "pytorchcv SEResUnit": (lambda: SEResUnit(C, C, 1, True, False), "norm + act, norm + gate + add + act"),
     "pytorchcv SEResUnit basic": (lambda: SEResUnit(C, C, 1, False, False), "norm + act, norm + gate + add + act"),
     "pytorchcv ResUnit": (lambda: ResUnit(C, C, bottleneck=True), "norm + act, norm + add + act"),
-    "pytorchcv CbamResUnit": (lambda: CbamResUnit(C, C, 1, True), "norm + act, gate + add + act"),
+    "pytorchcv CbamResUnit": (lambda: CbamResUnit(C, C, 1, True), "norm + act, norm + gate + add + act"),
     "torchvision BasicBlock": (lambda: BasicBlock(C, C), "norm + act, norm + add + act"),
     "torchvision Bottleneck": (lambda: Bottleneck(C, C // 4), "norm + act, norm + add + act"),
     "InvertedResidual": (
@@ -148,7 +148,11 @@ def test_the_proof_can_fail(name):
         close(steps(module), steps(original))
 
 
-@pytest.mark.parametrize("name", ["resnet.Bottleneck se", "InvertedResidual", "MBConv", "timm regnet"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet.Bottleneck se", "resnet.Bottleneck cbam", "pytorchcv CbamResUnit", "InvertedResidual", "MBConv",
+     "timm regnet"],
+)  # fmt: skip
 def test_hooks_on_swallowed_children(name):
     """A hook on any child is called, as often as in the original, and numbers stay."""
     original = made(name).train()
@@ -225,12 +229,12 @@ def test_frozen(frozen):
     close(steps(module, 2), steps(copy.deepcopy(original), 2))
 
 
-def _together(rank, folder):
+def _together(rank, folder, name):
     """One of two processes: half of a batch, SyncBatchNorm."""
     normed.LEAST = 0
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        module, x = _sync(), feature_map(5)
+        module, x = _sync(name), feature_map(5)
         fuse_(module)
         mine = (x[:3] if rank == 0 else x[3:]).requires_grad_()  # of different sizes
         y = module(mine)
@@ -243,15 +247,27 @@ def _together(rank, folder):
         torch.distributed.destroy_process_group()
 
 
-def _sync():
-    module = made("resnet.Bottleneck se").train()
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+def _alone(name):
+    """The block of one process. A norm inside a gate doesn't share its statistics, so it uses those that are kept."""
+    module = made(name).train()
+    if "cbam" in name:
+        module.se.eval()
+    return module
 
 
-def test_sync_batch_norm_over_two_processes(tmp_path):
+def _sync(name):
+    module = _alone(name)
+    gate, module.se = module.se, None
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    module.se = gate
+    return module
+
+
+@pytest.mark.parametrize("name", ["resnet.Bottleneck se", "resnet.Bottleneck cbam"])
+def test_sync_batch_norm_over_two_processes(tmp_path, name):
     """Outputs, gradients and running statistics are those of one process with the whole batch."""
-    torch.multiprocessing.spawn(_together, (str(tmp_path),), nprocs=2)
-    original, x = made("resnet.Bottleneck se").train(), feature_map(5).requires_grad_()
+    torch.multiprocessing.spawn(_together, (str(tmp_path), name), nprocs=2)
+    original, x = _alone(name), feature_map(5).requires_grad_()
     y = original(x)
     (y * y).sum().backward()
     halves = [torch.load(os.path.join(tmp_path, str(rank))) for rank in range(2)]

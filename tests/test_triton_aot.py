@@ -197,12 +197,21 @@ def map_launches(size, kind, dtype, act="relu", n=2, c=64):
     run("scale_bwd", x, gate, aux, pixel, dy, act, 0.01, "sigmoid_product", True)
     run("spatial_pool", x, gate, "mean_max", "first", True)
     run("spatial_pool_bwd", x, gate, planes, planes, place, "mean_max", "split")
-    run("dual_scale_reduce", x, dy, gate, pixel, aux, planes, act, 0.01, "mean_max", "split", True)
+    run("affine_pixel_scale", x, gate, both, pixel, residual, act, 0.01)
     within = (planes, planes, place, pixel)
-    for ties in ("split", "first"):
-        how = ("mean_max", "mean_max", ties)
-        run("dual_scale_gate", x, dy, gate, pixel, *within, both[1], "identity", 0.01, *how)
-        run("dual_scale_apply", x, dy, gate, pixel, *within, both, both[1], index, gate, "identity", 0.01, *how)
+    for affine, tilt in ((None, None), (both, gate)):
+        run("dual_scale_reduce", x, dy, gate, pixel, aux, planes, affine, act, 0.01, "mean_max", "split", True)
+        for ties in ("split", "first"):
+            end = (affine, tilt, "identity", 0.01, "mean_max", "mean_max", ties)
+            run("dual_scale_gate", x, dy, gate, pixel, *within, both[1], affine, *end[2:])
+            run("dual_scale_apply", x, dy, gate, pixel, *within, both, both[1], index, gate, *end)
+    for first in (False, True):
+        run("affine_spatial_pool", x, gate, both, "mean_max", first)
+    run("dual_scale_gate", x, dy, gate, pixel, *within, both[1], both, act, 0.01, "mean_max", "mean_max", "split")
+    run(
+        "dual_scale_apply", x, dy, gate, pixel, *within, both, both[1], index, gate, both, gate, act, 0.01, "mean_max",
+        "mean_max", "split",
+    )  # fmt: skip
     run("merge_scale_reduce", x, dy, gate, pixel, "sigmoid_product")
     run("merge_scale_apply", dy, residual, gate, pixel, gate, empty((c,), acc), pixel, "sum")
     run("project", x, gate, pixel)

@@ -46,10 +46,11 @@ template std::unique_ptr<int64_t[]> places_of(const Tensor&, const Map&);
 
 template <class T>
 void scale_both(const Map& x, const Map& residual, const Map& y, const Gates<Acc<T>>& gates, Merge merge, Act act,
-                double slope, const Added<Acc<T>>& added) {
+                double slope, const Added<Acc<T>>& added, const Centred<Acc<T>>& of) {
   const int64_t rows = x.n * (x.pixels ? x.s : x.c), length = x.pixels ? x.c : x.s;
   parallel_for(0, rows, grain(length), [&](int64_t b, int64_t e) {
-    FA_CALL(scale_rows, (T), x, residual, y, (Range{b, e}), gates.gate, gates.pixel, merge, act, Acc<T>(slope), added);
+    FA_CALL(scale_rows, (T), x, residual, y, (Range{b, e}), gates.gate, gates.pixel, merge, act, Acc<T>(slope), added,
+            of);
   });
 }
 
@@ -61,26 +62,30 @@ static void dual(const Dual<T>& d) {
   const int64_t parts = (every + chunk - 1) / chunk;
   A* total = x.pixels ? d.dgate : d.dpixel;
   A* seen = x.pixels ? d.count : d.shared;
+  A* moved = x.pixels ? d.dshift : nullptr;
   const bool one = parts == 1;  // then the sums are written where they belong
   const auto totals = scratch<A>(total && !one ? x.n * parts * columns : 0);
   const auto counts = scratch<A>(seen && !one ? x.n * parts * columns : 0);
+  const auto moves = scratch<A>(moved && !one ? x.n * parts * columns : 0);
   parallel_for(0, x.n * parts, 1, [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; ++i) {
       const int64_t n = i / parts, first = i % parts * chunk;
       const Range rows{first, std::min(first + chunk, every)};
       A* to = total ? (one ? total : totals.get()) + i * columns : nullptr;
       A* counted = seen ? (one ? seen : counts.get()) + i * columns : nullptr;
+      A* shifted = moved ? (one ? moved : moves.get()) + i * columns : nullptr;
       constexpr bool S = Sums;
       if (x.pixels)
-        FA_CALL(dual_pass, (T, S, false), d, n, rows, to, counted);
+        FA_CALL(dual_pass, (T, S, false), d, n, rows, to, counted, shifted);
       else
-        FA_CALL(dual_pass, (T, S, true), d, n, rows, to, counted);
+        FA_CALL(dual_pass, (T, S, true), d, n, rows, to, counted, shifted);
     }
   });
   if (one) return;
   for (int64_t n = 0; n < x.n; ++n) {
     if (total) add_runs(totals.get() + n * parts * columns, parts, columns, total + n * columns);
     if (seen) add_runs(counts.get() + n * parts * columns, parts, columns, seen + n * columns);
+    if (moved) add_runs(moves.get() + n * parts * columns, parts, columns, moved + n * columns);
   }
 }
 template <class T>
@@ -94,7 +99,7 @@ void dual_apply(const Dual<T>& d) {
 
 #define FA_INSTANTIATE(T)                                                                                   \
   template void scale_both<T>(const Map&, const Map&, const Map&, const Gates<Acc<T>>&, Merge, Act, double, \
-                              const Added<Acc<T>>&);                                                        \
+                              const Added<Acc<T>>&, const Centred<Acc<T>>&);                                \
   template void dual_sums<T>(const Dual<T>&);                                                               \
   template void dual_apply<T>(const Dual<T>&);
 FA_INSTANTIATE(float)

@@ -18,12 +18,13 @@ FA_INLINE Factor<V> factor_of(Merge merge, V gate, V pixel) {
 }
 
 // y = act(x·f + residual) over a row.
-template <class T, bool Fast, bool Planes>
+template <class T, bool Fast, bool Planes, bool Of>
 struct ScaleRow {
   using A = Acc<T>;
   const T *x, *residual;
   T* y;
   const A *gate, *pixel, *channel, *weight, *plane;
+  Centred<A> of;
   Merge merge;
   Act act;
   A slope;
@@ -37,7 +38,13 @@ struct ScaleRow {
       if (residual) soon(residual + i);
     }
     const V g = Planes ? set<V>(*gate) : get<V>(gate + i), p = Planes ? get<V>(pixel + i) : set<V>(*pixel);
-    V v = load<V>(x + i) * factor_of<V, Fast>(merge, g, p).f;
+    V v = load<V>(x + i);
+    if constexpr (Of)
+      v = multiply_add(g, v - (Planes ? set<V>(*of.centre) : get<V>(of.centre + i)),
+                       Planes ? set<V>(*of.shift) : get<V>(of.shift + i)) *
+          p;
+    else
+      v = v * factor_of<V, Fast>(merge, g, p).f;
     if (residual) v = v + load<V>(residual + i);
     if (channel) v = v + (Planes ? set<V>(*channel) : get<V>(channel + i));
     if (plane) v = v + (Planes ? set<V>(*weight) : get<V>(weight + i)) * (Planes ? get<V>(plane + i) : set<V>(*plane));
@@ -49,41 +56,43 @@ struct ScaleRow {
   }
 };
 
-template <class T, bool Fast>
+template <class T, bool Fast, bool Of>
 void scale_rows_as(const Map& x, const Map& residual, const Map& y, Range rows, const Acc<T>* gate, const Acc<T>* pixel,
-                   Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added) {
+                   Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added, const Centred<Acc<T>>& of) {
   const auto shift = [](const Acc<T>* p, int64_t by) { return p ? p + by : nullptr; };
   const bool stream = streams<T>(y);
   Place at(rows.begin, x.pixels ? x.s : x.c);
   for (int64_t r = rows.begin; r < rows.end; ++r, at.next()) {
     const int64_t n = at.outer, i = at.inner;
     if (x.pixels) {
-      ScaleRow<T, Fast, false> f{x.pixel<const T>(n, i),
-                                 residual.data ? residual.pixel<const T>(n, i) : nullptr,
-                                 y.pixel<T>(n, i),
-                                 gate + n * x.c,
-                                 pixel + r,
-                                 shift(added.channel, n * x.c),
-                                 added.weight,
-                                 shift(added.plane, r),
-                                 merge,
-                                 act,
-                                 slope,
-                                 stream};
+      ScaleRow<T, Fast, false, Of> f{x.pixel<const T>(n, i),
+                                     residual.data ? residual.pixel<const T>(n, i) : nullptr,
+                                     y.pixel<T>(n, i),
+                                     gate + n * x.c,
+                                     pixel + r,
+                                     shift(added.channel, n * x.c),
+                                     added.weight,
+                                     shift(added.plane, r),
+                                     {shift(of.centre, n * x.c), shift(of.shift, n * x.c)},
+                                     merge,
+                                     act,
+                                     slope,
+                                     stream};
       each<Acc<T>>(x.c, f);
     } else {
-      ScaleRow<T, Fast, true> f{x.plane<const T>(n, i),
-                                residual.data ? residual.plane<const T>(n, i) : nullptr,
-                                y.plane<T>(n, i),
-                                gate + r,
-                                pixel + n * x.s,
-                                shift(added.channel, r),
-                                shift(added.weight, i),
-                                shift(added.plane, n * x.s),
-                                merge,
-                                act,
-                                slope,
-                                stream};
+      ScaleRow<T, Fast, true, Of> f{x.plane<const T>(n, i),
+                                    residual.data ? residual.plane<const T>(n, i) : nullptr,
+                                    y.plane<T>(n, i),
+                                    gate + r,
+                                    pixel + n * x.s,
+                                    shift(added.channel, r),
+                                    shift(added.weight, i),
+                                    shift(added.plane, n * x.s),
+                                    {shift(of.centre, r), shift(of.shift, r)},
+                                    merge,
+                                    act,
+                                    slope,
+                                    stream};
       each<Acc<T>>(x.s, f);
     }
   }
@@ -92,16 +101,18 @@ void scale_rows_as(const Map& x, const Map& residual, const Map& y, Range rows, 
 
 template <class T>
 void scale_rows(const Map& x, const Map& residual, const Map& y, Range rows, const Acc<T>* gate, const Acc<T>* pixel,
-                Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added) {
+                Merge merge, Act act, Acc<T> slope, const Added<Acc<T>>& added, const Centred<Acc<T>>& of) {
+  if (of.shift) return scale_rows_as<T, true, true>(x, residual, y, rows, gate, pixel, merge, act, slope, added, of);
   if constexpr (has_fast<T>) {
     if (merge == Merge::product)
-      return scale_rows_as<T, true>(x, residual, y, rows, gate, pixel, merge, act, slope, added);
+      return scale_rows_as<T, true, false>(x, residual, y, rows, gate, pixel, merge, act, slope, added, of);
   }
-  scale_rows_as<T, false>(x, residual, y, rows, gate, pixel, merge, act, slope, added);
+  scale_rows_as<T, false, false>(x, residual, y, rows, gate, pixel, merge, act, slope, added, of);
 }
 
-// R rows side by side, so that the arrays over columns are loaded and stored once for them.
-template <class T, bool Fast, Job J, bool Planes, int R>
+// Of: whether the map is centred. R rows side by side, so that the arrays over columns are loaded and stored once for
+// them.
+template <class T, bool Fast, Job J, bool Planes, bool Of, int R>
 struct Rows {
   using A = Acc<T>;
   using I = Integer<A>;
@@ -109,19 +120,25 @@ struct Rows {
   T *kept[R], *dx[R];
   const A *gate, *pixel, *mean, *share, *top, *first;
   const I* place;
-  const A *add, *split, *max, *sign;
+  const A *add, *split, *max, *sign, *tilt;
+  Centred<A> of;
   int64_t channel;  // of the first row, of planes
   int64_t ahead;
   Merge merge;
   Act act;
   A slope;
   bool output, stream, reads, sums, counts;
-  A *total, *seen;  // over columns
+  A *total, *seen, *moved;  // over columns
 
   // A value per channel (or per pixel) is one per row or one per column.
   template <bool Channel, class V>
-  FA_INLINE V of(const A* p, int j, int64_t i) const {
+  FA_INLINE V its(const A* p, int j, int64_t i) const {
     return Channel == Planes ? set<V>(p[j]) : get<V>(p + i);
+  }
+  // What stands for x·gate where the map is centred.
+  template <class V>
+  FA_INLINE V gated(int j, int64_t i, V v, V g) const {
+    return multiply_add(g, v - its<true, V>(of.centre, j, i), its<true, V>(of.shift, j, i));
   }
   template <class V>
   FA_INLINE V gradient(V v, V f, int j, int64_t i) const {
@@ -152,41 +169,50 @@ struct Rows {
   // NaN, which equals nothing and whose share is divided by 0.
   template <class V>
   FA_INLINE V applied(int j, int64_t i, V v, V& h) const {
-    const V g = of<true, V>(gate, j, i), p = of<false, V>(pixel, j, i);
-    h = dy[j] ? gradient<V>(v, g * p, j, i) * p : V{};
-    if (mean) h = h + of<false, V>(mean, j, i);
+    const V g = its<true, V>(gate, j, i), p = its<false, V>(pixel, j, i);
+    const V u = Of ? gated(j, i, v, g) : v * g;
+    h = V{};
+    if (dy[j]) h = (Of ? gradient<V>(u, p, j, i) : gradient<V>(v, g * p, j, i)) * p;
+    if (mean) h = h + its<false, V>(mean, j, i);
     if (share) {
-      const V part = of<false, V>(share, j, i);
-      h = h + select(v * g == of<false, V>(top, j, i), part, part * 0);
+      const V part = its<false, V>(share, j, i);
+      h = h + select(u == its<false, V>(top, j, i), part, part * 0);
     }
-    if (first) h = h + select(chosen<V>(j, i), of<false, V>(first, j, i), V{});
+    if (first) h = h + select(chosen<V>(j, i), its<false, V>(first, j, i), V{});
     V out = h * g;
-    if (add) out = out + of<true, V>(add, j, i);
+    if (add) out = out + its<true, V>(add, j, i);
     if (split) {
-      const V part = of<true, V>(split, j, i);
-      out = out + select(v == of<true, V>(max, j, i), part, part * 0);
+      const V part = its<true, V>(split, j, i);
+      out = out + select(v == its<true, V>(max, j, i), part, part * 0);
     }
     if (sign) {
-      const V s = of<true, V>(sign, j, i);
+      const V s = its<true, V>(sign, j, i);
       out = out + select(v > V{}, s, select(v < V{}, -s, V{}));
     }
+    if (Of && tilt) out = out + its<true, V>(tilt, j, i) * (v - its<true, V>(of.centre, j, i));
     return out;
   }
+  // Sums over a row, or over this step's rows for one column: of v·h or x·e, how many maxima, and of h.
   template <class V>
-  FA_INLINE void step(int64_t i, V (&by_row)[R], V (&more_by_row)[R]) const {
-    V column{}, more{};
+  struct Sum {
+    V total, seen, moved;
+  };
+  template <class V>
+  FA_INLINE void step(int64_t i, Sum<V> (&by_row)[R]) const {
+    Sum<V> column{};
     if constexpr (is_vector<V>) {
       FA_UNROLL
-      for (int j = 0; j < R; ++j) element<V>(j, i, by_row[j], more_by_row[j], column, more);
+      for (int j = 0; j < R; ++j) element<V>(j, i, by_row[j], column);
     } else {
       FA_ROLLED
-      for (int j = 0; j < R; ++j) element<V>(j, i, by_row[j], more_by_row[j], column, more);
+      for (int j = 0; j < R; ++j) element<V>(j, i, by_row[j], column);
     }
-    if (total) put<V>(total + i, get<V>(total + i) + column);
-    if (seen) put<V>(seen + i, get<V>(seen + i) + more);
+    if (total) put<V>(total + i, get<V>(total + i) + column.total);
+    if (seen) put<V>(seen + i, get<V>(seen + i) + column.seen);
+    if (Of && moved) put<V>(moved + i, get<V>(moved + i) + column.moved);
   }
   template <class V>
-  FA_INLINE void element(int j, int64_t i, V& by_row, V& more_by_row, V& column, V& more) const {
+  FA_INLINE void element(int j, int64_t i, Sum<V>& by_row, Sum<V>& column) const {
     {
       if constexpr (is_vector<V>) {
         if (dy[j]) soon_after(dy[j] + i);
@@ -195,18 +221,19 @@ struct Rows {
         if (dx[j] && !stream) soon_written(dx[j] + i);
       }
       if constexpr (J == Job::sums) {
-        const V v = reads ? load<V>(x[j] + i) : set<V>(1), g = of<true, V>(gate, j, i), p = of<false, V>(pixel, j, i);
+        const V v = reads ? load<V>(x[j] + i) : set<V>(1), g = its<true, V>(gate, j, i), p = its<false, V>(pixel, j, i);
+        if constexpr (Of) {  // no pass that has a norm before it wants dgate of the sums
+          const V u = gated(j, i, v, g), e = gradient<V>(u, p, j, i);
+          (Planes ? column : by_row).total = (Planes ? column : by_row).total + e * u;
+          if (counts) count_equal(u, j, i, by_row, column);
+          if (kept[j]) store<V>(kept[j] + i, e);
+          return;
+        }
         const auto f = factor_of<V, Fast>(merge, g, p);
         const V e = gradient<V>(v, f.f, j, i), t = e * v, by_gate = t * f.by_gate, by_pixel = t * f.by_pixel;
-        by_row = by_row + (Planes ? by_gate : by_pixel);
-        column = column + (Planes ? by_pixel : by_gate);
-        if (counts) {
-          const V one = select(v * g == of<false, V>(top, j, i), set<V>(1), V{});
-          if constexpr (Planes)
-            more = more + one;
-          else
-            more_by_row = more_by_row + one;
-        }
+        by_row.total = by_row.total + (Planes ? by_gate : by_pixel);
+        column.total = column.total + (Planes ? by_pixel : by_gate);
+        if (counts) count_equal(v * g, j, i, by_row, column);
         if (kept[j]) store<V>(kept[j] + i, e);
         if (dx[j]) store<V>(dx[j] + i, e * f.f, stream);
       } else {
@@ -214,13 +241,14 @@ struct Rows {
         V h;
         if (sums) {
           const V out = applied<V>(j, i, v, h);
-          const V t = v * h;
-          by_row = by_row + t;
-          column = column + t;
+          const V t = (Of ? v - its<true, V>(of.centre, j, i) : v) * h;
+          by_row.total = by_row.total + t;
+          column.total = column.total + t;
+          if (Of) by_row.moved = by_row.moved + h, column.moved = column.moved + h;
           if (counts) {
-            const V one = select(v == of<true, V>(max, j, i), set<V>(1), V{});
-            more_by_row = more_by_row + one;
-            more = more + one;
+            const V one = select(v == its<true, V>(max, j, i), set<V>(1), V{});
+            by_row.seen = by_row.seen + one;
+            column.seen = column.seen + one;
           }
           if (dx[j]) store<V>(dx[j] + i, out, stream);
         } else {
@@ -229,38 +257,48 @@ struct Rows {
       }
     }
   }
+  template <class V>
+  FA_INLINE void count_equal(V u, int j, int64_t i, Sum<V>& by_row, Sum<V>& column) const {
+    V& to = (Planes ? column : by_row).seen;
+    to = to + select(u == its<false, V>(top, j, i), set<V>(1), V{});
+  }
   FA_INLINE void soon_after(const T* p) const {
 #if defined(__GNUC__)
     __builtin_prefetch(p + ahead, 0, 3);
 #endif
   }
 
-  // Sums over the rows go to by_row and more_by_row, where those are wanted.
-  FA_INLINE void run(int64_t n, A* by_row, A* more_by_row) const {
+  // Sums over the rows go to by_row, more_by_row and moved_by_row, where those are wanted.
+  FA_INLINE void run(int64_t n, A* by_row, A* more_by_row, A* moved_by_row) const {
     using V = Vec<A>;
-    V whole[R] = {}, more[R] = {};
-    A rest[R] = {}, rest_more[R] = {};
-    double aside[R] = {};  // as in channel_pool.kernels.h
+    Sum<V> whole[R] = {};
+    Sum<A> rest[R] = {};
+    double aside[R] = {}, moved_aside[R] = {};  // as in channel_pool.kernels.h
     int64_t i = 0;
     for (;;) {
       const int64_t stop = std::min<int64_t>(n, i + 4096);
-      for (; i + width<A> <= stop; i += width<A>) step<V>(i, whole, more);
+      for (; i + width<A> <= stop; i += width<A>) step<V>(i, whole);
       if (n - i < width<A>) break;
-      for (int j = 0; j < R; ++j) aside[j] += sum(whole[j]), whole[j] = V{};
+      for (int j = 0; j < R; ++j) {
+        aside[j] += sum(whole[j].total), whole[j].total = V{};
+        if (Of && moved_by_row) moved_aside[j] += sum(whole[j].moved), whole[j].moved = V{};
+      }
     }
-    for (; i < n; ++i) step<A>(i, rest, rest_more);
+    for (; i < n; ++i) step<A>(i, rest);
     for (int j = 0; j < R; ++j) {
-      if (by_row) by_row[j] = A(aside[j] + (sum(whole[j]) + rest[j]));
-      if (more_by_row) more_by_row[j] = sum(more[j]) + rest_more[j];
+      if (by_row) by_row[j] = A(aside[j] + (sum(whole[j].total) + rest[j].total));
+      if (more_by_row) more_by_row[j] = sum(whole[j].seen) + rest[j].seen;
+      if (Of && moved_by_row) moved_by_row[j] = A(moved_aside[j] + (sum(whole[j].moved) + rest[j].moved));
     }
   }
 };
 
-template <class T, bool Fast, Job J, bool Planes, int R>
-FA_INLINE Rows<T, Fast, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64_t row, Acc<T>* total, Acc<T>* seen) {
+template <class T, bool Fast, Job J, bool Planes, bool Of, int R>
+FA_INLINE Rows<T, Fast, J, Planes, Of, R> rows_at(const Dual<T>& d, int64_t n, int64_t row, Acc<T>* total, Acc<T>* seen,
+                                                  Acc<T>* moved) {
   using A = Acc<T>;
   const Map& x = d.x;
-  Rows<T, Fast, J, Planes, R> f;
+  Rows<T, Fast, J, Planes, Of, R> f;
   const auto at = [&](const Map& m, int j) -> const T* {
     if (!m.data) return nullptr;
     return Planes ? m.plane<const T>(n, row + j) : m.pixel<const T>(n, row + j);
@@ -276,7 +314,8 @@ FA_INLINE Rows<T, Fast, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64
   f.mean = pixel(d.mean), f.share = pixel(d.share), f.top = pixel(d.top), f.first = pixel(d.first);
   f.place = d.place ? d.place + pixels : nullptr;
   f.add = channel(d.back.add), f.split = channel(d.back.share), f.max = channel(d.back.max);
-  f.sign = channel(d.back.sign);
+  f.sign = channel(d.back.sign), f.tilt = channel(d.back.slope);
+  f.of = {channel(d.of.centre), channel(d.of.shift)};
   f.channel = row;
   // The same columns of the next rows, where those are near; else 2 KB on, as elsewhere.
   const int64_t step = R * (Planes ? x.sc : x.ss);
@@ -284,36 +323,38 @@ FA_INLINE Rows<T, Fast, J, Planes, R> rows_at(const Dual<T>& d, int64_t n, int64
   f.merge = d.merge, f.act = d.act, f.slope = d.slope, f.output = from_output(d.act),
   f.stream = d.dx.data && streams<T>(d.dx);
   f.sums = d.dgate != nullptr;
-  f.reads = J == Job::sums ? !d.ones : d.act != Act::identity || f.sums || f.share || f.split || f.sign;
+  f.reads = J == Job::sums ? !d.ones : d.act != Act::identity || f.sums || f.share || f.split || f.sign || f.tilt;
   f.counts = J == Job::sums ? d.shared != nullptr : d.count != nullptr;
-  f.total = total, f.seen = seen;
+  f.total = total, f.seen = seen, f.moved = moved;
   return f;
 }
 
-// Rows [rows.begin, rows.end) of sample n; sums over columns go to total and seen, where those are wanted.
-template <class T, Job J, bool Planes>
-void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen) {
+// Rows [rows.begin, rows.end) of sample n; sums over columns go to total, seen and moved, where those are wanted.
+template <class T, Job J, bool Planes, bool Of>
+void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen, Acc<T>* moved) {
   using A = Acc<T>;
   const int64_t columns = Planes ? d.x.s : d.x.c, every = Planes ? d.x.c : d.x.s;
-  for (A* p : {total, seen})
+  for (A* p : {total, seen, moved})
     if (p)
       for (int64_t i = 0; i < columns; ++i) p[i] = 0;
   A* by_row = Planes ? d.dgate : d.dpixel;
   A* more = Planes ? d.count : d.shared;
+  A* shifted = Planes ? d.dshift : nullptr;
   int64_t r = rows.begin;
   const auto to = [&](A* p) { return p ? p + n * every + r : nullptr; };
   if constexpr (has_fast<T>) {
     constexpr int R = J == Job::sums ? 4 : 2;
     for (; d.merge == Merge::product && r + R <= rows.end; r += R)
-      rows_at<T, true, J, Planes, R>(d, n, r, total, seen).run(columns, to(by_row), to(more));
+      rows_at<T, true, J, Planes, Of, R>(d, n, r, total, seen, moved).run(columns, to(by_row), to(more), to(shifted));
   }
-  for (; r < rows.end; ++r) rows_at<T, false, J, Planes, 1>(d, n, r, total, seen).run(columns, to(by_row), to(more));
+  for (; r < rows.end; ++r)
+    rows_at<T, Of, J, Planes, Of, 1>(d, n, r, total, seen, moved).run(columns, to(by_row), to(more), to(shifted));
   if constexpr (J == Job::apply) {
     streamed(d.dx.data && streams<T>(d.dx));
     if (!d.back.first || !d.dx.data) return;
     // Few elements: what their passing wrote is computed again, so that it isn't rounded twice.
     const auto add = [&](int64_t row, int64_t column, int64_t c) {
-      const auto f = rows_at<T, false, J, Planes, 1>(d, n, row, nullptr, nullptr);
+      const auto f = rows_at<T, Of, J, Planes, Of, 1>(d, n, row, nullptr, nullptr, nullptr);
       A h;
       const A v = f.reads ? load<A>(f.x[0] + column) : A(0);
       f.dx[0][column] = static_cast<T>(f.template applied<A>(0, column, v, h) + d.back.first[n * d.x.c + c]);
@@ -329,6 +370,10 @@ void dual_rows(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* s
 }
 
 template <class T, bool Sums, bool Planes>
-void dual_pass(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen) {
-  dual_rows<T, Sums ? Job::sums : Job::apply, Planes>(d, n, rows, total, seen);
+void dual_pass(const Dual<T>& d, int64_t n, Range rows, Acc<T>* total, Acc<T>* seen, Acc<T>* moved) {
+  constexpr Job J = Sums ? Job::sums : Job::apply;
+  if (d.of.shift)
+    dual_rows<T, J, Planes, true>(d, n, rows, total, seen, moved);
+  else
+    dual_rows<T, J, Planes, false>(d, n, rows, total, seen, moved);
 }

@@ -1,4 +1,5 @@
-// dual_scale's three passes: dpixel = Σ_c e·x·gate; dgate = Σ_s x·h; dx = gate·h + what pooling over pixels adds.
+// dual_scale's three passes: dpixel = Σ_c e·x·gate; dgate = Σ_s x·h; dx = gate·h + what pooling over pixels adds. And
+// affine_pixel_scale, the last of the forward's where a norm comes before the gates.
 #include "dual.h"
 
 namespace fa {
@@ -53,6 +54,22 @@ struct Within {
   std::unique_ptr<I[]> place;
 };
 
+// Centre and shift of a norm before the gates, (2, N, C), where there is one.
+template <class A>
+class Norm {
+ public:
+  Norm(const OptTensor& affine, const Tensor& x) {
+    if (!affine) return;
+    check_shape(*affine, {2, x.size(0), x.size(1)});
+    given_ = Dense<A>(*affine), apart_ = x.size(0) * x.size(1);
+  }
+  Centred<A> get() const { return given_ ? Centred<A>{given_.get(), given_.get() + apart_} : Centred<A>{}; }
+
+ private:
+  Dense<A> given_;
+  int64_t apart_ = 0;
+};
+
 static void check_pixel(const Tensor& pixel, const Map& x) { STD_TORCH_CHECK(pixel.numel() == x.n * x.s, "pixel"); }
 
 static Tensor new_plane(const Tensor& pixel, ScalarType dtype) {
@@ -66,8 +83,9 @@ static Tensor new_plane(const Tensor& pixel, ScalarType dtype) {
 
 std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_cpu(const Tensor& x, const Tensor& dy, const Tensor& gate,
                                                          const Tensor& pixel, const OptTensor& aux,
-                                                         const Tensor& planes, const std::string& act_name,
-                                                         double slope, const std::string& pool, const std::string& ties,
+                                                         const Tensor& planes, const OptTensor& affine,
+                                                         const std::string& act_name, double slope,
+                                                         const std::string& pool, const std::string& ties,
                                                          bool residual) {
   check_map(x);
   check_same(x, dy);
@@ -86,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_cpu(const Tensor& x, const 
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const Dense<A> g(gate), q(pixel), values(planes);
+    const Norm<A> of(affine, x);
     std::unique_ptr<A[]> top;
     if (split) {
       const int64_t p = kind == Pool::mean_max ? 2 : 1;
@@ -95,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_cpu(const Tensor& x, const 
     }
     Dual<T> d;
     d.x = m, d.dy = maps[1], d.aux = maps[2], d.kept = maps[3];
-    d.gate = g.get(), d.pixel = q.get(), d.act = act, d.slope = A(slope), d.top = top.get();
+    d.gate = g.get(), d.pixel = q.get(), d.act = act, d.slope = A(slope), d.top = top.get(), d.of = of.get();
     d.dpixel = static_cast<A*>(dpixel.data_ptr());
     d.shared = split ? static_cast<A*>(count.data_ptr()) : nullptr;
     dual_sums<T>(d);
@@ -106,8 +125,9 @@ std::tuple<Tensor, Tensor, Tensor> dual_scale_reduce_cpu(const Tensor& x, const 
 std::tuple<Tensor, Tensor> dual_scale_gate_cpu(const Tensor& x, const Tensor& e, const Tensor& gate,
                                                const Tensor& pixel, const Tensor& dplanes, const Tensor& planes,
                                                const Tensor& places, const Tensor& shared, const Tensor& values,
-                                               const std::string& act, double slope, const std::string& pool,
-                                               const std::string& channel, const std::string& ties) {
+                                               const OptTensor& affine, const std::string& act, double slope,
+                                               const std::string& pool, const std::string& channel,
+                                               const std::string& ties) {
   check_map(x);
   check_same(x, e);
   check_shape(gate, {x.size(0), x.size(1)});
@@ -117,16 +137,20 @@ std::tuple<Tensor, Tensor> dual_scale_gate_cpu(const Tensor& x, const Tensor& e,
   const Map& m = maps[0];
   check_pixel(pixel, m);
   const ScalarType acc = acc_dtype(x.scalar_type());
-  Tensor dgate = new_dense({m.n, m.c}, acc), count = split ? new_dense({m.n, m.c}, acc) : new_dense({0}, acc);
+  Tensor dgate = affine ? new_dense({2, m.n, m.c}, acc) : new_dense({m.n, m.c}, acc);
+  Tensor count = split ? new_dense({m.n, m.c}, acc) : new_dense({0}, acc);
   by_dtype(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const Dense<A> g(gate), q(pixel), max(values);
+    const Norm<A> of(affine, x);
     const Within<T> within(m, dplanes, planes, places, &shared, pool, ties);
     Dual<T> d;
     d.x = m, d.dy = maps[1], d.gate = g.get(), d.pixel = q.get(), d.act = act_of(act), d.slope = A(slope);
+    d.of = of.get();
     within.into(d);
     d.dgate = static_cast<A*>(dgate.data_ptr());
+    if (affine) d.dshift = d.dgate + m.n * m.c;
     if (split) d.back.max = max.get(), d.count = static_cast<A*>(count.data_ptr());
     dual_apply<T>(d);
   });
@@ -136,8 +160,8 @@ std::tuple<Tensor, Tensor> dual_scale_gate_cpu(const Tensor& x, const Tensor& e,
 Tensor dual_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate, const Tensor& pixel,
                             const Tensor& dplanes, const Tensor& planes, const Tensor& places, const Tensor& shared,
                             const Tensor& dpooled, const Tensor& values, const Tensor& index, const Tensor& count,
-                            const std::string& act, double slope, const std::string& pool, const std::string& channel,
-                            const std::string& ties) {
+                            const OptTensor& affine, const OptTensor& tilt, const std::string& act, double slope,
+                            const std::string& pool, const std::string& channel, const std::string& ties) {
   check_map(x);
   check_same(x, e);
   check_shape(gate, {x.size(0), x.size(1)});
@@ -148,6 +172,8 @@ Tensor dual_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate
   else
     check_shape(dpooled, {x.size(0), x.size(1)});
   if (split) check_shape(values, {x.size(0), x.size(1)}), check_shape(count, {x.size(0), x.size(1)});
+  if (tilt) check_shape(*tilt, {x.size(0), x.size(1)});
+  STD_TORCH_CHECK(affine || !tilt, "tilt needs affine");
   Tensor dx = new_like(x);
   const auto maps = maps_of({&x, &e, &dx});
   const Map& m = maps[0];
@@ -157,11 +183,12 @@ Tensor dual_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const int64_t nc = m.n * m.c;
-    const Dense<A> g(gate), q(pixel), dp(dpooled), max(values), seen(count);
+    const Dense<A> g(gate), q(pixel), dp(dpooled), max(values), seen(count), slopes(tilt);
+    const Norm<A> of(affine, x);
     const Within<T> within(m, dplanes, planes, places, &shared, pool, ties);
     Dual<T> d;
     d.x = m, d.dy = maps[1], d.dx = maps[2], d.gate = g.get(), d.pixel = q.get();
-    d.act = act_of(act), d.slope = A(slope);
+    d.act = act_of(act), d.slope = A(slope), d.of = of.get(), d.back.slope = slopes.get();
     within.into(d);
     const auto mean = scratch<A>(nc), share = scratch<A>(split ? nc : 0);
     const A* dmax = dp.get() + (two ? nc : 0);
@@ -178,6 +205,23 @@ Tensor dual_scale_apply_cpu(const Tensor& x, const Tensor& e, const Tensor& gate
     dual_apply<T>(d);
   });
   return dx;
+}
+
+Tensor affine_pixel_scale_cpu(const Tensor& x, const Tensor& gate, const Tensor& affine, const Tensor& pixel,
+                              const OptTensor& residual, const std::string& act, double slope) {
+  check_map(x);
+  check_shape(gate, {x.size(0), x.size(1)});
+  if (residual) check_same(x, *residual);
+  Tensor y = new_like(x);
+  const auto maps = maps_of({&x, &y, residual ? &*residual : nullptr});
+  check_pixel(pixel, maps[0]);
+  by_dtype(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Gates<Acc<T>> gates(gate, pixel, maps[0], Merge::product);
+    const Norm<Acc<T>> of(affine, x);
+    scale_both<T>(maps[0], maps[2], maps[1], gates, Merge::product, act_of(act), slope, {}, of.get());
+  });
+  return y;
 }
 
 std::tuple<Tensor, Tensor> spatial_pool_bwd_cpu(const Tensor& x, const OptTensor& gate, const Tensor& dplanes,
@@ -221,6 +265,7 @@ std::tuple<Tensor, Tensor> spatial_pool_bwd_cpu(const Tensor& x, const OptTensor
 
 }  // namespace fa
 
+FA_REGISTER(affine_pixel_scale)
 FA_REGISTER(dual_scale_reduce)
 FA_REGISTER(dual_scale_gate)
 FA_REGISTER(dual_scale_apply)

@@ -1,4 +1,5 @@
-// spatial_pool: q[n, s] = mean and max over c of x·gate; one read of x.
+// spatial_pool: q[n, s] = mean and max over c of x·gate; one read of x. affine_spatial_pool: of gate·(x − centre) +
+// shift.
 #define FA_KERNELS "cpu/spatial_pool.kernels.h"
 #include "dual.h"
 // dual.h before isa.h: the kernels use its types
@@ -6,14 +7,15 @@
 
 namespace fa {
 
-template <class T, Pool K, bool Index>
-static void planes_as(const Map& x, const Acc<T>* gate, Acc<T>* total, Acc<T>* most, int64_t* where) {
+template <class T, Pool K, bool Index, bool Of>
+static void planes_of(const Map& x, const Acc<T>* gate, const Centred<Acc<T>>& of, Acc<T>* total, Acc<T>* most,
+                      int64_t* where) {
   using A = Acc<T>;
   using I = typename Dual<T>::I;
   const auto places = scratch<I>(Index ? x.n * x.s : 0);
   if (x.pixels) {
     parallel_for(0, x.n * x.s, grain(x.c), [&](int64_t b, int64_t e) {
-      FA_CALL(pool_columns, (T, K, Index), x, (Range{b, e}), gate, total, most, places.get());
+      FA_CALL(pool_columns, (T, K, Index, Of), x, (Range{b, e}), gate, of, total, most, places.get());
     });
     if constexpr (Index)
       for (int64_t i = 0; i < x.n * x.s; ++i) where[i] = places[i];
@@ -25,7 +27,7 @@ static void planes_as(const Map& x, const Acc<T>* gate, Acc<T>* total, Acc<T>* m
     parallel_for(0, x.n * parts, 1, [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t c = i % parts * chunk;
-        FA_CALL(pool_chunk, (T, K, Index), x, i / parts, (Range{c, std::min(c + chunk, x.c)}), gate,
+        FA_CALL(pool_chunk, (T, K, Index, Of), x, i / parts, (Range{c, std::min(c + chunk, x.c)}), gate, of,
                 sums.get() + (K != Pool::max ? i * x.s : 0), tops.get() + (has_max(K) ? i * x.s : 0),
                 found.get() + (Index ? i * x.s : 0));
       }
@@ -45,6 +47,15 @@ static void planes_as(const Map& x, const Acc<T>* gate, Acc<T>* total, Acc<T>* m
   }
   if constexpr (K != Pool::max)
     for (int64_t i = 0; i < x.n * x.s; ++i) total[i] /= A(x.c);
+}
+
+template <class T, Pool K, bool Index>
+static void planes_as(const Map& x, const Acc<T>* gate, const Centred<Acc<T>>& of, Acc<T>* total, Acc<T>* most,
+                      int64_t* where) {
+  if (of.shift)
+    planes_of<T, K, Index, true>(x, gate, of, total, most, where);
+  else
+    planes_of<T, K, Index, false>(x, gate, of, total, most, where);
 }
 
 template <class T>
@@ -72,9 +83,10 @@ static Tensor new_planes(const Tensor& x, int64_t p, ScalarType dtype) {
   return new_strided(sizes, strides, dim, dtype);
 }
 
-static std::tuple<Tensor, std::optional<Tensor>> pooled(const Tensor& x, const OptTensor& gate,
+static std::tuple<Tensor, std::optional<Tensor>> pooled(const Tensor& x, const OptTensor& gate, const OptTensor& affine,
                                                         const std::string& pool_name, bool index) {
   check_map(x);
+  if (affine) check_shape(*affine, {2, x.size(0), x.size(1)});
   if (gate) check_shape(*gate, {x.size(0), x.size(1)});
   const Pool kind = pool_of(pool_name);
   STD_TORCH_CHECK(kind != Pool::mean_abs, "unknown pool ", pool_name);
@@ -87,7 +99,8 @@ static std::tuple<Tensor, std::optional<Tensor>> pooled(const Tensor& x, const O
   by_dtype(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const Dense<A> given(gate);
+    const Dense<A> given(gate), map(affine);
+    const Centred<A> of = map ? Centred<A>{map.get(), map.get() + m.n * m.c} : Centred<A>{};
     const auto ones = scratch<A>(gate ? 0 : m.n * m.c);
     if (!gate) std::fill_n(ones.get(), m.n * m.c, A(1));
     const A* g = gate ? given.get() : ones.get();
@@ -96,13 +109,13 @@ static std::tuple<Tensor, std::optional<Tensor>> pooled(const Tensor& x, const O
     const auto mean = scratch<A>(p == 2 ? m.n * m.s : 0), most = scratch<A>(p == 2 ? m.n * m.s : 0);
     switch (kind) {
       case Pool::mean:
-        return planes_as<T, Pool::mean, false>(m, g, out, nullptr, nullptr);
+        return planes_as<T, Pool::mean, false>(m, g, of, out, nullptr, nullptr);
       case Pool::max:
-        return at ? planes_as<T, Pool::max, true>(m, g, nullptr, out, at)
-                  : planes_as<T, Pool::max, false>(m, g, nullptr, out, nullptr);
+        return at ? planes_as<T, Pool::max, true>(m, g, of, nullptr, out, at)
+                  : planes_as<T, Pool::max, false>(m, g, of, nullptr, out, nullptr);
       default:
-        at ? planes_as<T, Pool::mean_max, true>(m, g, mean.get(), most.get(), at)
-           : planes_as<T, Pool::mean_max, false>(m, g, mean.get(), most.get(), nullptr);
+        at ? planes_as<T, Pool::mean_max, true>(m, g, of, mean.get(), most.get(), at)
+           : planes_as<T, Pool::mean_max, false>(m, g, of, mean.get(), most.get(), nullptr);
     }
     for (int64_t n = 0; n < m.n; ++n) {
       std::copy_n(mean.get() + n * m.s, m.s, out + 2 * n * m.s);
@@ -115,17 +128,25 @@ static std::tuple<Tensor, std::optional<Tensor>> pooled(const Tensor& x, const O
 std::tuple<Tensor, Tensor> spatial_pool_cpu(const Tensor& x, const OptTensor& gate, const std::string& pool,
                                             const std::string& ties, bool return_index) {
   STD_TORCH_CHECK(!return_index || has_max(pool_of(pool)), "return_index");
-  auto [planes, where] = pooled(x, gate, pool, !splits(ties) || return_index);
+  auto [planes, where] = pooled(x, gate, {}, pool, !splits(ties) || return_index);
   return {planes, where ? *where : new_dense({0}, ScalarType::Long)};
 }
 
 Tensor spatial_pool_infer_cpu(const Tensor& x, const OptTensor& gate, const std::string& pool, const std::string& ties,
                               bool return_index) {
   splits(ties);
-  return std::get<0>(pooled(x, gate, pool, false));
+  return std::get<0>(pooled(x, gate, {}, pool, false));
+}
+
+std::tuple<Tensor, Tensor> affine_spatial_pool_cpu(const Tensor& x, const Tensor& gate, const Tensor& affine,
+                                                   const std::string& pool, bool return_index) {
+  STD_TORCH_CHECK(!return_index || has_max(pool_of(pool)), "return_index");
+  auto [planes, where] = pooled(x, gate, affine, pool, return_index);
+  return {planes, where ? *where : new_dense({0}, ScalarType::Long)};
 }
 
 }  // namespace fa
 
+FA_REGISTER(affine_spatial_pool)
 FA_REGISTER(spatial_pool)
 FA_REGISTER_INFER(spatial_pool)

@@ -3,11 +3,11 @@
 // Sum, maximum and its channel over the rows of planes, kept in arrays over S: eight rows at a time, so that the arrays
 // are loaded and stored once for them. NaN: whether it may meet one. Without, a maximum is one instruction, and the sum
 // of all that it saw tells whether it should have been careful.
-template <class T, Pool K, bool Index, bool NaN, int R>
+template <class T, Pool K, bool Index, bool Of, bool NaN, int R>
 struct PoolChannels {
   using A = Acc<T>;
   const T* x[R];
-  A gate[R];
+  A gate[R], centre[R], shift[R];
   A *total, *most;
   Integer<A>* where;
   int64_t channel, ahead;
@@ -24,7 +24,8 @@ struct PoolChannels {
 #if defined(__GNUC__)
       if constexpr (is_vector<V>) __builtin_prefetch(x[j] + s + ahead, 0, 3);
 #endif
-      const V u = load<V>(x[j] + s) * set<V>(gate[j]);
+      V u = load<V>(x[j] + s);
+      u = Of ? multiply_add(set<V>(gate[j]), u - set<V>(centre[j]), set<V>(shift[j])) : u * set<V>(gate[j]);
       const Integer<V> c = Integer<V>{} + Integer<A>(channel + j);
       if constexpr (NaN || !has_max(K)) {
         r.take(u, c);
@@ -48,11 +49,15 @@ struct PoolChannels {
 };
 
 // Returns the sum of what was seen, of which only its being a number matters.
-template <class T, Pool K, bool Index, bool NaN, int R>
-FA_INLINE Acc<T> pool_channels(const Map& x, int64_t n, int64_t c, const Acc<T>* gate, Acc<T>* total, Acc<T>* most,
-                               Integer<Acc<T>>* where) {
-  PoolChannels<T, K, Index, NaN, R> f;
-  for (int j = 0; j < R; ++j) f.x[j] = x.plane<const T>(n, c + j), f.gate[j] = gate[n * x.c + c + j];
+template <class T, Pool K, bool Index, bool Of, bool NaN, int R>
+FA_INLINE Acc<T> pool_channels(const Map& x, int64_t n, int64_t c, const Acc<T>* gate, const Centred<Acc<T>>& of,
+                               Acc<T>* total, Acc<T>* most, Integer<Acc<T>>* where) {
+  PoolChannels<T, K, Index, Of, NaN, R> f;
+  for (int j = 0; j < R; ++j) {
+    const int64_t i = n * x.c + c + j;
+    f.x[j] = x.plane<const T>(n, c + j), f.gate[j] = gate[i];
+    f.centre[j] = Of ? of.centre[i] : 0, f.shift[j] = Of ? of.shift[i] : 0;
+  }
   f.total = total, f.most = most, f.where = where, f.channel = c, f.seen = Vec<Acc<T>>{}, f.seen_alone = 0;
   const int64_t step = R * x.sc;
   f.ahead = step * int64_t(sizeof(T)) <= 32768 ? step : 2048 / int64_t(sizeof(T));
@@ -62,9 +67,9 @@ FA_INLINE Acc<T> pool_channels(const Map& x, int64_t n, int64_t c, const Acc<T>*
 
 // A chunk of channels of one sample, into arrays over S; again where it turns out that something is NaN, or that
 // infinities cancel.
-template <class T, Pool K, bool Index>
-void pool_chunk(const Map& x, int64_t n, Range c, const Acc<T>* gate, Acc<T>* total, Acc<T>* most,
-                Integer<Acc<T>>* where) {
+template <class T, Pool K, bool Index, bool Of>
+void pool_chunk(const Map& x, int64_t n, Range c, const Acc<T>* gate, const Centred<Acc<T>>& of, Acc<T>* total,
+                Acc<T>* most, Integer<Acc<T>>* where) {
   using A = Acc<T>;
   const auto start = [&] {
     for (int64_t s = 0; s < x.s; ++s) {
@@ -76,12 +81,13 @@ void pool_chunk(const Map& x, int64_t n, Range c, const Acc<T>* gate, Acc<T>* to
   start();
   A seen = 0;
   int64_t i = c.begin;
-  for (; i + 8 <= c.end; i += 8) seen += pool_channels<T, K, Index, false, 8>(x, n, i, gate, total, most, where);
-  for (; i < c.end; ++i) seen += pool_channels<T, K, Index, false, 1>(x, n, i, gate, total, most, where);
+  for (; i + 8 <= c.end; i += 8)
+    seen += pool_channels<T, K, Index, Of, false, 8>(x, n, i, gate, of, total, most, where);
+  for (; i < c.end; ++i) seen += pool_channels<T, K, Index, Of, false, 1>(x, n, i, gate, of, total, most, where);
   if constexpr (has_max(K)) {
     if (seen == seen) return;
     start();
-    for (i = c.begin; i < c.end; ++i) pool_channels<T, K, Index, true, 1>(x, n, i, gate, total, most, where);
+    for (i = c.begin; i < c.end; ++i) pool_channels<T, K, Index, Of, true, 1>(x, n, i, gate, of, total, most, where);
   }
 }
 
@@ -112,9 +118,17 @@ void merge_tops(const A* from, A* to, const Integer<A>* from_where, Integer<A>* 
   each<A>(n, f);
 }
 
+// v·gate, or gate·(v − centre) + shift, of channels side by side.
+template <bool Of, class V, class A>
+FA_INLINE V gated_at(V v, const A* gate, const Centred<A>& of, int64_t i) {
+  const V g = get<V>(gate + i);
+  return Of ? multiply_add(g, v - get<V>(of.centre + i), get<V>(of.shift + i)) : v * g;
+}
+
 // Pixels [pixels.begin, pixels.end), numbered n·S + s, of maps whose channels lie side by side.
-template <class T, Pool K, bool Index>
-void pool_columns(const Map& x, Range pixels, const Acc<T>* gate, Acc<T>* total, Acc<T>* most, Integer<Acc<T>>* where) {
+template <class T, Pool K, bool Index, bool Of>
+void pool_columns(const Map& x, Range pixels, const Acc<T>* gate, const Centred<Acc<T>>& of, Acc<T>* total,
+                  Acc<T>* most, Integer<Acc<T>>* where) {
   using A = Acc<T>;
   using V = Vec<A>;
   using Lanes = Integer<V>;
@@ -124,6 +138,7 @@ void pool_columns(const Map& x, Range pixels, const Acc<T>* gate, Acc<T>* total,
   for (int64_t r = pixels.begin; r < pixels.end; ++r, at.next()) {
     const T* p = x.pixel<const T>(at.outer, at.inner);
     const A* g = gate + at.outer * x.c;
+    const Centred<A> its = Of ? Centred<A>{of.centre + at.outer * x.c, of.shift + at.outer * x.c} : Centred<A>{};
     using R = Running<V, K, Index>;
     R run[4] = {R::start(), R::start(), R::start(), R::start()};
     int64_t i = 0;
@@ -131,12 +146,12 @@ void pool_columns(const Map& x, Range pixels, const Acc<T>* gate, Acc<T>* total,
       FA_UNROLL
       for (int64_t j = 0; j < 4; ++j) {
         soon(p + i + j * W);
-        run[j].take(load<V>(p + i + j * W) * get<V>(g + i + j * W), lane + Integer<A>(i + j * W));
+        run[j].take(gated_at<Of>(load<V>(p + i + j * W), g, its, i + j * W), lane + Integer<A>(i + j * W));
       }
     }
-    for (; i + W <= x.c; i += W) run[0].take(load<V>(p + i) * get<V>(g + i), lane + Integer<A>(i));
+    for (; i + W <= x.c; i += W) run[0].take(gated_at<Of>(load<V>(p + i), g, its, i), lane + Integer<A>(i));
     auto tail = Running<A, K, Index>::start();
-    for (; i < x.c; ++i) tail.take(load<A>(p + i) * g[i], Integer<A>(i));
+    for (; i < x.c; ++i) tail.take(gated_at<Of>(load<A>(p + i), g, its, i), Integer<A>(i));
     if constexpr (K != Pool::max)
       total[r] = sum((run[0].total + run[1].total) + (run[2].total + run[3].total)) + tail.total;
     if constexpr (has_max(K) && Index) {

@@ -16,7 +16,7 @@ What differs between published versions:
     light     timm's LightCbamModule: ½ mean + ½ max in both gates, one plane, the channel gate always a sigmoid
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backend import forced
+from ..layout import accumulator
 from ..ops import activations, dual_scale, plane_conv, pool_scale, shared_mlp
 from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, register, renew
 from ..registry import Block, case
-from . import norms
+from . import normed, norms
 from .chain import Tail, tail_rule
 from .deep import DeepPlan
 from .excite_plan import dense
@@ -162,22 +163,38 @@ class CbamPlan(DeepPlan):
         out = dual_scale(x, channel, self._spatial(), (*extra, *mlp), self._planar(), channel=self._pool(), **options)
         if not isinstance(out, tuple):
             return out
-        y, statistics = out
-        assert self.norm is not None
-        norms.keep(self.norm, statistics, x.numel() // max(x.shape[1], 1))
+        y, *statistics = out
+        self._keep(statistics, x)
         return y
+
+    def _keep(self, statistics: Sequence[Tensor], x: Tensor) -> None:
+        """Updates what the spatial gate's norm remembers, where it used the batch's statistics."""
+        if statistics:
+            assert self.norm is not None
+            norms.keep(self.norm, statistics[0], x.numel() // max(x.shape[1], 1))
+
+    def behind(self) -> normed.Planar | None:
+        """Both gates, where neither looks at more of the map than means and maxima."""
+        if self.conv is None or {"lp", "lse"} & set(self.kinds):
+            return None
+        channel, mlp, _ = self._channel(None)
+        return normed.Planar(
+            (channel, mlp), (self._spatial(), self._planar()), self._pool(), self.parts.ties, self._keep
+        )
 
     def _pool(self) -> str:
         return "mean_max" if {"avg", "max"} <= set(self.kinds) else "max" if "max" in self.kinds else "mean"
 
-    def _channel(self, x: Tensor) -> tuple[Callable[..., Tensor], list[Tensor], list[Tensor]]:
-        """The channel gate's function, its weights, and what is pooled outside of the op, by plain PyTorch."""
+    def _channel(self, x: Tensor | None) -> tuple[Callable[..., Tensor], list[Tensor], list[Tensor]]:
+        """The channel gate's function, its weights, and what is pooled of x outside of the op, by plain PyTorch; None
+        stands for an x of which nothing is."""
         state = [self.first["weight"], self.first["bias"], self.second["weight"], self.second["bias"]]
         there = [t is not None for t in state]
         light, act, gate, slope, kinds = self.parts.light, self.act, self.gate, self.slope, self.kinds
-        flat = x.flatten(2).to(torch.float64 if x.dtype == torch.float64 else torch.float32) if len(kinds) > 2 or (
-            {"lp", "lse"} & set(kinds)) else x  # fmt: skip
-        extra = [flat.norm(2, -1) if k == "lp" else flat.logsumexp(-1) for k in kinds if k in ("lp", "lse")]
+        extra = []
+        if x is not None and {"lp", "lse"} & set(kinds):
+            flat = x.flatten(2).to(accumulator(x.dtype))
+            extra = [flat.norm(2, -1) if k == "lp" else flat.logsumexp(-1) for k in kinds if k in ("lp", "lse")]
         count, pooled = len(extra), bool({"avg", "max"} & set(kinds))
 
         def excite(p: Tensor, *rest: Tensor) -> Tensor:
@@ -492,7 +509,7 @@ Block(
     name="cbam",
     module=CBAM,
     paper="Woo et al., CBAM: Convolutional Block Attention Module, https://arxiv.org/abs/1807.06521",
-    ops=("dual_scale", "plane_conv", "pool_scale", "shared_mlp"),
+    ops=("affine_dual_scale", "dual_scale", "plane_conv", "pool_scale", "shared_mlp"),
     rules=CBAM_RULES,
     cases=(
         case(args={"channels": 32}, x=(3, 32, 9, 8)),

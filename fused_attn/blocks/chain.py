@@ -12,7 +12,7 @@ A BatchNorm is computed together with what follows it, where that is understood 
 A parent is described by data: which children are called, what the shortcut is, and what comes after. Containers whose
 forward is known are looked into. A forward is rewritten only where the original's source is a known one and nothing
 stands between gate, add and activation. Any mechanism's gate fits, as long as its plan runs a residual and an epilogue;
-a norm joins in where its gate is a function of the norm's means.
+a norm joins in where its gate says how it runs behind one: a function of the means, CBAM's two, shuffle attention's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -338,9 +338,7 @@ class TailPlan(Plan):
 
         def words(norm: bool, act: bool, gate: nn.Module | None, add: bool = False) -> list[str]:
             its = None if gate is None else plan_of(gate)
-            apart = norm and gate is not None and (its is None or its.means() is None)
-            if add and its is not None and its.planes() is not None:
-                apart = False
+            apart = norm and gate is not None and (its is None or (its.behind() if add else its.means()) is None)
             first = [w for w, there in (("norm", norm and not (apart and add)), ("act", act and not add)) if there]
             rest = [w for w, there in (("gate", gate is not None), ("add", add), ("act", act and add)) if there]
             if apart and not add:  # the gate needs more than means, so it isn't in the norm's step
@@ -358,20 +356,6 @@ class TailPlan(Plan):
         return ", ".join(dict.fromkeys(found))
 
 
-def _with_norm(plan: Plan | None, gated: bool) -> Callable[..., Tensor] | None:
-    """What computes a norm with what follows it, (norm, x, shortcut, act, slope) -> y; None where the gate needs more
-    of the norm's output than moments. gated: whether there is a gate, whose plan it is"""
-    if not gated:
-        return lambda norm, *given: normed.run(norm, None, *given)
-    if plan is None:
-        return None
-    if (means := plan.means()) is not None:
-        return lambda norm, *given: normed.run(norm, means, *given)
-    if (planes := plan.planes()) is not None:
-        return lambda norm, *given: normed.run_planes(norm, planes, *given)
-    return None
-
-
 def _extracting(x: Any) -> bool:
     """Whether torchvision's or timm's feature extractor traces: its users may ask for the gate, the sum, the activation
     by name, so each must be a node of its own."""
@@ -380,7 +364,7 @@ def _extracting(x: Any) -> bool:
     )
 
 
-def _together(norm: normed.Norm, x: Any, computes: bool = False) -> bool:
+def _together(norm: normed.Norm, x: Any, behind_act: bool = False) -> bool:
     """Whether a norm is computed with what follows it. Compilers do that by themselves, tracers want its module, what
     the norm doesn't take is for its module to refuse, and for small maps it doesn't pay."""
     return (
@@ -388,8 +372,14 @@ def _together(norm: normed.Norm, x: Any, computes: bool = False) -> bool:
         and not is_compiling()
         and not torch.jit.is_tracing()
         and norm.takes(x)
-        and normed.pays(norm, x, computes)
+        and normed.pays(norm, x, behind_act)
     )
+
+
+def _behind(gate: Plan, norm: normed.Norm, x: Tensor) -> Any:
+    """How the gate runs behind a norm, or None where it needs the norm's output, or that is as fast."""
+    found = gate.behind()
+    return found if found is not None and normed.pays(norm, x, gate=found) else None
 
 
 def _run(step: Step, x: Any) -> Any:
@@ -446,9 +436,9 @@ def forward(self: Any, x: Tensor) -> Tensor:
         for step in plan.steps:
             x = _run(step, x)
         shortcut = tail.shortcut(self, given) if plan.skips else None
-    together = norm is not None and _together(norm, x, gate is not None and gate.by_planes)
-    run = _with_norm(gate, gate is not None) if together else None
-    if norm is not None and run is None:
+    together = norm is not None and _together(norm, x)
+    behind = _behind(gate, norm, x) if norm is not None and together and gate is not None else None
+    if norm is not None and (not together or (gate is not None and behind is None)):
         x, norm = plan.last(x), None  # type: ignore[misc]
     joined, drops = True, plan.drops()
     if norm is None and gate is None:
@@ -467,7 +457,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
             )
             joined = False
         end = (shortcut, plan.epilogue, plan.slope) if joined else (None, "identity", 0.01)
-        x = run(norm, x, *end) if run is not None else gate.run(x, *end)  # type: ignore[union-attr]
+        x = normed.run(norm, behind, x, *end) if norm is not None else gate.run(x, *end)  # type: ignore[union-attr]
     if not joined:
         x = children[tail.drop_path](x) if drops else x
         if shortcut is not None:
@@ -479,6 +469,16 @@ def forward(self: Any, x: Tensor) -> Tensor:
     return x if tail.after is None else tail.after(self, x, given)
 
 
+class Joining(nn.Module):
+    """Base of the library's own parents that hand a gate to `joined`, where it isn't called unless something hangs on
+    it.
+
+    gate: the child's name, or None
+    """
+
+    gate: str | None
+
+
 def joined(
     norm: nn.Module, gate: nn.Module | None, x: Tensor, shortcut: Tensor | None = None, act: str = "relu"
 ) -> Tensor:
@@ -487,13 +487,11 @@ def joined(
     gate: one of the library's modules, or None
     """
     view = normed.read(norm) if tampered(norm) is None else None
-    plan = None
-    if view is not None and gate is not None and not is_compiling() and _more_than_its_plan(gate) is None:
-        plan = ready(gate)
-    if view is not None and _together(view, x, plan is not None and plan.by_planes):
-        run = _with_norm(plan if plan is not None and plan.fits_tail else None, gate is not None)
-        if run is not None:
-            return run(view, x, shortcut, act)
+    if view is not None and _together(view, x):
+        plan = None if gate is None or _more_than_its_plan(gate) is not None else ready(gate)
+        behind = None if plan is None or not plan.fits_tail else _behind(plan, view, x)
+        if gate is None or behind is not None:
+            return normed.run(view, behind, x, shortcut, act)
     x = norm(x)
     if gate is not None:
         return gate(x, shortcut, act)

@@ -11,9 +11,10 @@ the norm, too, if it is a function of x̄ (PSA's): s·x has the moments s·x̄ a
 
     y = act(scale·(x − x̄) + shift),   scale = a·s,   shift = a·(s·x̄ − μ) + β
 
-And a gate that normalises the planes of z, shuffle attention's, needs their variances besides, which are a²·m2/S.
-Ioffe and Szegedy, arXiv:1502.03167, alg. 1; running statistics keep the variance of n values, divided by n − 1, as
-PyTorch's do.
+A gate per channel and one per pixel behind z (CBAM's) are `affine_dual_scale`'s: the largest z is where x is largest,
+or smallest. A gate that normalises the planes of z (shuffle attention's) needs their variances besides, which are
+a²·m2/S. Ioffe and Szegedy, arXiv:1502.03167, alg. 1; running statistics keep the variance of n values, divided by
+n − 1, as PyTorch's do.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from torch.compiler import is_compiling
 from .. import backend
 from ..layout import accumulator
 from ..ops.affine_apply import affine_apply
+from ..ops.affine_dual_scale import affine_dual_scale
 from ..ops.affine_pool_scale import affine_pool_scale
 from ..ops.batch_affine import batch_affine, formula
 from ..ops.branch_affine import branch_moments_affine
@@ -43,17 +45,45 @@ WITH_ACT = "timm.layers.norm_act.BatchNormAct2d"
 Gate = tuple[Callable[..., Tensor], Sequence[Tensor]]  # a function of means (N, C) and tensors, and those tensors
 
 
+class Planar(NamedTuple):
+    """A gate per channel and then one per pixel, as `affine_dual_scale` takes them.
+
+    channel, spatial: those functions, each with its tensors; pool: over pixels; ties: of both poolings
+    keep: gets the statistics that they return beside their gates, and x
+    """
+
+    channel: tuple[Callable[..., Any], Sequence[Tensor]]
+    spatial: tuple[Callable[..., Any], Sequence[Tensor]]
+    pool: str
+    ties: str
+    keep: Callable[[Sequence[Tensor], Tensor], None]
+
+
+class Planes(NamedTuple):
+    """A gate that is a sigmoid, at each position, of a function of its input's planes, behind which channels are
+    shuffled, as `moments_gate_shuffle` takes it.
+
+    logits: (means, variances, tensors) -> what the input less its mean is multiplied by, and the offset, (N, C)
+    k: channels of a half group
+    """
+
+    logits: Callable[..., Any]
+    tensors: Sequence[Tensor]
+    k: int
+
+
 # On a CPU, how many elements a map must have for its norm to be computed with what follows it. A smaller one stays in a
 # cache, where a pass costs less than the dozen small calls around the kernels. Measured on a Xeon (2 MiB L2), one
 # thread, against PyTorch's norm and the fused gate behind it: at 0.8 M elements 1.0 to 1.5 times as fast, at 0.4 M 0.9
 # to 1.1, at 0.1 M half as fast. A gate behind an activation, or one that differs from position to position, takes two
-# passes that compute, and pays later.
+# passes that compute, and pays later; so do a gate per channel and one per pixel where nothing is trained: there one of
+# the norm's two passes is left.
 LEAST = 800_000
 
 
-def pays(norm: "Norm", x: Tensor, computes: bool = False) -> bool:
-    """Whether a norm is worth computing with what follows it. computes: with a gate behind an activation, or one that
-    differs from position to position."""
+def pays(norm: "Norm", x: Tensor, behind_act: bool = False, gate: Any = None) -> bool:
+    """Whether a norm is worth computing with what follows it. behind_act: with a gate behind an activation; gate: as
+    `run` takes it."""
     if together(norm) is not None:  # all processes must answer the same, whatever the sizes of their batches
         return True
     if x.numel() == 0 or not has_kernel(x):
@@ -61,8 +91,10 @@ def pays(norm: "Norm", x: Tensor, computes: bool = False) -> bool:
     if not x.is_cpu:
         return True
     least = LEAST
-    if computes:
+    if behind_act or isinstance(gate, Planes):
         least = LEAST * 3 // 2 if torch.is_grad_enabled() else LEAST * 5 // 2
+    elif isinstance(gate, Planar) and not torch.is_grad_enabled():
+        least = LEAST * 2
     return x.numel() >= least
 
 
@@ -269,12 +301,18 @@ class _Map:
 
 
 def run(
-    norm: Norm, gate: Gate | None, x: Tensor, residual: Tensor | None = None, act: str = "identity", slope: float = 0.01
-) -> Tensor:
-    """act(norm(x)·s + residual), s = gate of the means of norm(x); without a gate s is 1.
+    norm: Norm, gate: Gate | Planar | Planes | None, x: Tensor, residual: Tensor | None = None, act: str = "identity",
+    slope: float = 0.01,
+) -> Tensor:  # fmt: skip
+    """act(norm(x)·s + residual), s = gate of the means of norm(x), or two of what is pooled, or one of the means and
+    variances of planes; without a gate s is 1.
 
     x, residual: (N, C, *S); norm's running statistics are updated where it trains
     """
+    if isinstance(gate, Planar):
+        return _run_planar(norm, gate, x, residual, act, slope)
+    if isinstance(gate, Planes):
+        return _run_planes(norm, gate, x, residual, act, slope)
     excite, tensors = gate if gate is not None else (None, ())
     maps = _Map(norm, x, excite)
     if not maps.batch and excite is None:  # nothing of x is pooled
@@ -288,6 +326,29 @@ def run(
     return _kept(norm, maps, out)
 
 
+def _run_planar(
+    norm: Norm, gate: Planar, x: Tensor, residual: Tensor | None, act: str, slope: float
+) -> Tensor:  # fmt: skip
+    maps = _Map(norm, x)
+    out = affine_dual_scale(
+        x, maps.outside, gate.channel[0], gate.spatial[0], maps.tensors, gate.channel[1], gate.spatial[1],
+        moments=maps.batch, channel=gate.pool, ties=gate.ties, residual=residual, act=act, slope=slope,
+    )  # fmt: skip
+    y, *statistics = out if isinstance(out, tuple) else (out,)
+    if maps.batch:
+        keep(norm.its, statistics.pop(0), maps.count)
+    gate.keep(statistics, x)
+    return y
+
+
+def _run_planes(norm: Norm, gate: Planes, x: Tensor, residual: Tensor | None, act: str, slope: float) -> Tensor:
+    maps = _Map(norm, x, gate.logits)
+    given = (*maps.tensors, *gate.tensors)
+    return _kept(
+        norm, maps, moments_gate_shuffle(x, maps.planes, *given, k=gate.k, residual=residual, act=act, slope=slope)
+    )
+
+
 def run_inside(norm: Norm, gate: Gate, x: Tensor, act: str, slope: float = 0.01) -> Tensor:
     """act(norm(x))·s, s = gate of the means of act(norm(x)): the gate behind an activation."""
     excite, tensors = gate
@@ -297,20 +358,6 @@ def run_inside(norm: Norm, gate: Gate, x: Tensor, act: str, slope: float = 0.01)
         x, maps.inside, excite, maps.tensors, tensors, moments=maps.batch, centre=centre, act=act, slope=slope
     )
     return _kept(norm, maps, out)
-
-
-def run_planes(
-    norm: Norm, gate: tuple[Callable[..., Any], Sequence[Tensor], int], x: Tensor, residual: Tensor | None = None,
-    act: str = "identity", slope: float = 0.01,
-) -> Tensor:  # fmt: skip
-    """act(gate(norm(x)) + residual), the gate shuffle attention: of the means and variances of the planes of norm(x).
-
-    gate: as `Plan.planes` returns it
-    """
-    logits, tensors, k = gate
-    maps = _Map(norm, x, logits)
-    given = (*maps.tensors, *tensors)
-    return _kept(norm, maps, moments_gate_shuffle(x, maps.planes, *given, k=k, residual=residual, act=act, slope=slope))
 
 
 def merged(maps: Sequence[Tensor]) -> Tensor:

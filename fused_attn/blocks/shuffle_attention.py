@@ -14,7 +14,6 @@ What differs between published versions:
     shuffle     the authors' `channel_shuffle` with 2 groups: channel j goes to 2j, channel C/2 + j to 2j + 1
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ..ops import activations
 from ..ops.plane_gate_shuffle import plane_gate_shuffle, shuffled
 from ..plan import Plan, Planned, Refused, path, ready, renew, usual
 from ..registry import Block, case
+from . import normed
 
 _NORM = "torch.nn.modules.normalization.GroupNorm"
 
@@ -33,7 +33,6 @@ class ShufflePlan(Plan):
 
     __slots__ = ("eps", "norm", "parameters")
     fits_tail = True
-    by_planes = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, ("gn",))
@@ -63,7 +62,7 @@ class ShufflePlan(Plan):
             residual, self.eps, epilogue, epilogue_slope,
         )  # fmt: skip
 
-    def planes(self) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...], int]:
+    def behind(self) -> normed.Planes:
         own, norm, eps = self.parameters, self.norm, self.eps
         weights = *(own[name] for name in ("cweight", "cbias", "sweight", "sbias")), norm["weight"], norm["bias"]
         k = weights[0].numel()
@@ -76,7 +75,7 @@ class ShufflePlan(Plan):
             by_rstd, by_mean, offset = all_of.expand(3, groups, 2, k).reshape(3, -1).unbind()
             return by_rstd * (var + eps).rsqrt(), torch.addcmul(offset, by_mean, mean)
 
-        return logits, weights, k
+        return normed.Planes(logits, weights, k)
 
 
 class ShuffleAttention(Planned):

@@ -1,6 +1,7 @@
 """The hot paths. Each public name is an `Op`: call it like a function."""
 
 from .affine_apply import affine_apply
+from .affine_dual_scale import affine_dual_scale
 from .affine_pool_scale import affine_pool_scale
 from .batch_affine import batch_affine
 from .branch_affine import branch_moments_affine
@@ -28,6 +29,7 @@ from .spatial_pool import spatial_pool
 
 __all__ = [
     "affine_apply",
+    "affine_dual_scale",
     "affine_pool_scale",
     "bam_scale",
     "batch_affine",

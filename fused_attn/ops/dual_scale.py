@@ -16,6 +16,9 @@ excites' gradients stand between three passes of backward, none of which writes 
 With a residual and an activation e is written, in x's dtype: for half-precision x what it says of the gates has that
 resolution, unless the activation only cuts (relu). The last pass needs x where ties are split, or where the activation
 has no residual before it. Checked in float64 against autograd for every pooling, tie rule and epilogue.
+
+The passes also take `affine` (2, N, C), a centre and a shift of every plane: then gate·(x − centre) + shift stands for
+x·gate, and what they know of it is the affine map's: affine_dual_scale, a norm before the gates.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +41,7 @@ from .spatial_pool import POOLS, check_places, check_planes, gated, plane_gradie
 
 
 def _check_reduce(
-    x: Tensor, dy: Tensor, gate: Tensor, pixel: Tensor, aux: Tensor | None, planes: Tensor,
+    x: Tensor, dy: Tensor, gate: Tensor, pixel: Tensor, aux: Tensor | None, planes: Tensor, affine: Tensor | None,
     act: str, slope: float, pool: str, ties: str, residual: bool,
 ) -> None:  # fmt: skip
     checks.feature_map("x", x)
@@ -46,6 +49,7 @@ def _check_reduce(
     checks.tensor("gate", gate)
     checks.tensor("pixel", pixel)
     check_gates(x, gate, pixel, "product")
+    checks.shaped("affine", affine, (2, *x.shape[:2]), "(2, N, C)")
     checks.like("aux", aux, "x", x)
     checks.one_of("act", act, activations.EPILOGUES)
     checks.one_of("pool", pool, POOLS)
@@ -57,13 +61,13 @@ def _check_reduce(
 @op(
     check=_check_reduce,
     maps=("x", "dy", "aux"),
-    budget=lambda x, dy, gate, pixel, aux, planes, act, slope, pool, ties, residual: (
+    budget=lambda x, dy, gate, pixel, aux, planes, affine, act, slope, pool, ties, residual: (
         2 + (aux is not None),
         int(keeps_e(act, residual)),
     ),
 )
 def dual_scale_reduce(
-    x: Tensor, dy: Tensor, gate: Tensor, pixel: Tensor, aux: Tensor | None, planes: Tensor,
+    x: Tensor, dy: Tensor, gate: Tensor, pixel: Tensor, aux: Tensor | None, planes: Tensor, affine: Tensor | None,
     act: str, slope: float, pool: str, ties: str, residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """First pass of the backward: dpixel (N, *S); e, or empty where it is dy; how many channels hold each pixel's
@@ -71,8 +75,8 @@ def dual_scale_reduce(
 
     aux: what `activations.needs_aux` names, or None; planes: what `spatial_pool` returned, for ties="split"
     """
-    e = epilogue_gradient(dy, x, gate, aux, act, slope, pixel)
-    u = gated(x, gate)
+    u = gated(x, gate, affine)
+    e = epilogue_gradient(dy, u, None, aux, act, slope, pixel)
     kept = like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty(0)
     count = e.new_empty(0)
     if has_max(pool) and ties == "split":
@@ -82,9 +86,9 @@ def dual_scale_reduce(
 
 def _check_gate(
     x: Tensor, e: Tensor, gate: Tensor, pixel: Tensor, dplanes: Tensor, planes: Tensor, places: Tensor, shared: Tensor,
-    values: Tensor, act: str, slope: float, pool: str, channel: str, ties: str,
+    values: Tensor, affine: Tensor | None, act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> None:  # fmt: skip
-    _check_reduce(x, e, gate, pixel, None, planes, act, slope, pool, ties, False)
+    _check_reduce(x, e, gate, pixel, None, planes, affine, act, slope, pool, ties, False)
     checks.one_of("channel", channel, CHANNEL_POOLS)
     check_planes("dplanes", dplanes, x, pool)
     if has_max(pool) and ties == "first":
@@ -98,63 +102,75 @@ def _check_gate(
 )
 def dual_scale_gate(
     x: Tensor, e: Tensor, gate: Tensor, pixel: Tensor, dplanes: Tensor, planes: Tensor, places: Tensor, shared: Tensor,
-    values: Tensor, act: str, slope: float, pool: str, channel: str, ties: str,
+    values: Tensor, affine: Tensor | None, act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Second pass of the backward: dgate (N, C), and how often each channel's maximum occurs (N, C), or empty.
 
     act: "identity" where e is what the first pass wrote; dplanes: the spatial excite's gradient
     planes, shared: what `spatial_pool` and the first pass returned, for ties="split"; places: for ties="first"
     values: (N, C) the channels' maxima, for ties="split"; channel: which pooling that was
+    With affine dgate is (2, N, C): of the gate and of the shift.
     """
-    h = _inner(x, e, gate, pixel, dplanes, planes, places, act, slope, pool, ties)
+    h = _inner(x, e, gate, pixel, dplanes, planes, places, affine, act, slope, pool, ties)
     count = h.new_empty(0)
     if has_max(channel) and ties == "split":
         count = (x.to(h.dtype) == spread(values, x)).to(h.dtype).flatten(2).sum(-1)
-    return (x.to(h.dtype) * h).flatten(2).sum(-1), count
+    at = x.to(h.dtype)
+    if affine is None:
+        return (at * h).flatten(2).sum(-1), count
+    at = at - spread(affine[0].to(h.dtype), x)
+    return torch.stack([(at * h).flatten(2).sum(-1), h.expand(x.shape).flatten(2).sum(-1)]), count
 
 
 def _inner(
     x: Tensor, e: Tensor, gate: Tensor, pixel: Tensor, dplanes: Tensor, planes: Tensor, places: Tensor,
-    act: str, slope: float, pool: str, ties: str,
+    affine: Tensor | None, act: str, slope: float, pool: str, ties: str,
 ) -> Tensor:  # fmt: skip
     """h, the gradient of x·gate."""
-    e = epilogue_gradient(e, x, gate, None, act, slope, pixel)
-    u = gated(x, gate)
+    u = gated(x, gate, affine)
+    e = epilogue_gradient(e, u, None, None, act, slope, pixel)
     return e * over(pixel.to(e.dtype)) + plane_gradient(u, dplanes.to(e.dtype), planes, places, pool, ties)
 
 
 def _check_apply(
     x: Tensor, e: Tensor, gate: Tensor, pixel: Tensor, dplanes: Tensor, planes: Tensor, places: Tensor, shared: Tensor,
-    dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor,
+    dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor, affine: Tensor | None, tilt: Tensor | None,
     act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> None:  # fmt: skip
-    _check_gate(x, e, gate, pixel, dplanes, planes, places, shared, values, act, slope, pool, channel, ties)
+    _check_gate(x, e, gate, pixel, dplanes, planes, places, shared, values, affine, act, slope, pool, channel, ties)
     many = channel == "mean_max"
     checks.shaped("dpooled", dpooled, (2, *x.shape[:2]) if many else x.shape[:2], "(2, N, C)" if many else "(N, C)")
     if has_max(channel) and ties == "first":
         checks.index("index", index, x.shape[:2], "(N, C)")
+    checks.shaped("tilt", tilt, x.shape[:2], "(N, C)")
+    if tilt is not None and affine is None:
+        raise ValueError("tilt needs affine, which has the centre; got None")
 
 
-def reads_x(act: str, pool: str, channel: str, ties: str) -> bool:
-    """Whether the last pass needs x: for the activation's place, a maximum's, or the sign."""
+def reads_x(tilt: Tensor | None, act: str, pool: str, channel: str, ties: str) -> bool:
+    """Whether the last pass needs x: for the activation's place, a maximum's, the sign, or the moments' gradient."""
+    if tilt is not None:
+        return True
     return act != "identity" or channel == "mean_abs" or ((has_max(pool) or has_max(channel)) and ties == "split")
 
 
 @op(
     check=_check_apply,
     maps=("x", "e"),
-    budget=lambda x, e, gate, pixel, dplanes, planes, places, shared, dpooled, values, index, count,
-    act, slope, pool, channel, ties: (1 + reads_x(act, pool, channel, ties), 1),
+    budget=lambda x, e, gate, pixel, dplanes, planes, places, shared, dpooled, values, index, count, affine, tilt,
+    act, slope, pool, channel, ties: (1 + reads_x(tilt, act, pool, channel, ties), 1),
 )  # fmt: skip
 def dual_scale_apply(
     x: Tensor, e: Tensor, gate: Tensor, pixel: Tensor, dplanes: Tensor, planes: Tensor, places: Tensor, shared: Tensor,
-    dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor,
+    dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor, affine: Tensor | None, tilt: Tensor | None,
     act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> Tensor:  # fmt: skip
-    """Last pass of the backward: dx = gate·h + the channel pooling's gradient, spread."""
-    h = _inner(x, e, gate, pixel, dplanes, planes, places, act, slope, pool, ties)
+    """Last pass of the backward: dx = gate·h + the channel pooling's gradient, spread + tilt·(x − centre)."""
+    h = _inner(x, e, gate, pixel, dplanes, planes, places, affine, act, slope, pool, ties)
     stacked = torch.stack([values, values]) if channel == "mean_max" and ties == "split" else values
     back = pool_gradient(x, dpooled.to(h.dtype), stacked, index, channel, ties)
+    if tilt is not None and affine is not None:
+        back = back + spread(tilt.to(h.dtype), x) * (x.to(h.dtype) - spread(affine[0].to(h.dtype), x))
     return like(x, (h * spread(gate.to(h.dtype), x) + back).to(x.dtype))
 
 
@@ -275,18 +291,18 @@ class _Spanning(torch.autograd.Function):
         x, gate, p, index, pixel, q, places, aux, *params = ctx.saved_tensors
         excites, split, channel, pool, ties, act, slope, residual = ctx.consts
         dy, acc, needs = match(dy, x), accumulator(x.dtype), ctx.needs_input_grad[10:]
-        dpixel, e, shared = dual_scale_reduce(x, dy, gate, pixel, aux, q, act, slope, pool, ties, residual)
+        dpixel, e, shared = dual_scale_reduce(x, dy, gate, pixel, aux, q, None, act, slope, pool, ties, residual)
         (dq,), dspatial = excite_.gradient(excites[1], (q,), params[split:], dpixel.to(pixel.dtype), needs[split:])
         written = keeps_e(act, residual)
         e, through = (e if written else dy), ("identity" if residual else act)
         values = largest(p, channel) if has_max(channel) and ties == "split" else p.new_empty(0)
         dq = dq.to(acc)
         dgate, count = dual_scale_gate(
-            x, e, gate, pixel, dq, q, places, shared, values, through, slope, pool, channel, ties
+            x, e, gate, pixel, dq, q, places, shared, values, None, through, slope, pool, channel, ties
         )
         (dp,), dchannel = excite_.gradient(excites[0], (p,), params[:split], dgate.to(gate.dtype), needs[:split])
         dx = dual_scale_apply(
-            x, e, gate, pixel, dq, q, places, shared, dp.to(acc), values, index, count,
+            x, e, gate, pixel, dq, q, places, shared, dp.to(acc), values, index, count, None, None,
             through, slope, pool, channel, ties,
         )  # fmt: skip
         return dx, e if residual else None, None, None, None, None, None, None, None, None, *dchannel, *dspatial

@@ -11,12 +11,14 @@ from .pool_scale import keeps_e
 
 
 def dual_scale_reduce(
-    x: Tensor, dy: Tensor, gate: Tensor, pixel: Tensor, aux: Tensor | None, planes: Tensor,
+    x: Tensor, dy: Tensor, gate: Tensor, pixel: Tensor, aux: Tensor | None, planes: Tensor, affine: Tensor | None,
     act: str, slope: float, pool: str, ties: str, residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     e = torch.empty_like(x) if keeps_e(act, residual) else None
     top = planes[:, -1] if has_max(pool) and ties == "split" else None
-    _, dpixel, shared = sums(x, dy, aux, gate, pixel, top, act, slope, "product", e, None, None, accumulator(x.dtype))
+    _, dpixel, shared = sums(
+        x, dy, aux, gate, pixel, top, act, slope, "product", e, None, None, accumulator(x.dtype), affine=affine
+    )
     return dpixel, x.new_empty(0) if e is None else e, shared
 
 
@@ -34,19 +36,19 @@ def _within(
 
 def dual_scale_gate(
     x: Tensor, e: Tensor, gate: Tensor, pixel: Tensor, dplanes: Tensor, planes: Tensor, places: Tensor, shared: Tensor,
-    values: Tensor, act: str, slope: float, pool: str, channel: str, ties: str,
+    values: Tensor, affine: Tensor | None, act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     mean, most, top, place = _within(x, dplanes, planes, places, shared, pool, ties)
     maxima = values if has_max(channel) and ties == "split" else None
     return apply(
         x, e, gate, pixel, mean, most, top, place, None, None, maxima, None, act, slope, False, None,
-        accumulator(x.dtype), True,
+        accumulator(x.dtype), True, affine,
     )  # fmt: skip
 
 
 def dual_scale_apply(
     x: Tensor, e: Tensor, gate: Tensor, pixel: Tensor, dplanes: Tensor, planes: Tensor, places: Tensor, shared: Tensor,
-    dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor,
+    dpooled: Tensor, values: Tensor, index: Tensor, count: Tensor, affine: Tensor | None, tilt: Tensor | None,
     act: str, slope: float, pool: str, channel: str, ties: str,
 ) -> Tensor:  # fmt: skip
     mean, most, top, place = _within(x, dplanes, planes, places, shared, pool, ties)
@@ -57,6 +59,7 @@ def dual_scale_apply(
     apply(
         x, e, gate, pixel, mean, most, top, place, None if channel == "max" else dmean / size,
         (dmax / count if split else dmax) if has_max(channel) else None, values if split else None,
-        index if first else None, act, slope, channel == "mean_abs", dx, None, reads_x(act, pool, channel, ties),
+        index if first else None, act, slope, channel == "mean_abs", dx, None,
+        reads_x(tilt, act, pool, channel, ties), affine, tilt,
     )  # fmt: skip
     return dx

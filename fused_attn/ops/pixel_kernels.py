@@ -5,6 +5,9 @@
     apply   h = e·pixel + what pooling over channels adds, dgate = Σ_s x·h,
             dx = gate·h + what pooling over pixels adds                             reads e (x), writes (dx)
 
+With a centre and a shift per channel, gate·(x − centre) + shift stands for x·gate: f is the pixel's then, dgate =
+Σ_s h·(x − centre), dshift = Σ_s h, and dx has tilt·(x − centre) beside.
+
 A program of sums and apply owns a block of channels and walks along the pixels: the sum over pixels stays in registers,
 the sum over its channels is written per block, and the blocks are added in order.
 """
@@ -156,7 +159,7 @@ def gradient(
 
 @triton.jit
 def _pixel_scale_kernel(
-    x_ptr, gate_ptr, pixel_ptr, residual_ptr, add_ptr, weight_ptr, plane_ptr, y_ptr, A, B,
+    x_ptr, gate_ptr, pixel_ptr, residual_ptr, add_ptr, weight_ptr, plane_ptr, centre_ptr, shift_ptr, y_ptr, A, B,
     x_sn, x_sr, residual_sn, residual_sr, y_sn, y_sr,
     MERGE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
@@ -170,7 +173,12 @@ def _pixel_scale_kernel(
         gate = beside(gate_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
     if pixel_ptr is not None:
         pixel = per_pixel(pixel_ptr, n, a, s, A, B, ACC, PLANES)
-    v = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC) * merged(gate, pixel, MERGE)
+    v = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
+    if shift_ptr is not None:
+        centre = beside(centre_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
+        v = pixel * tl.fma(gate, v - centre, beside(shift_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS))
+    else:
+        v *= merged(gate, pixel, MERGE)
     if residual_ptr is not None:
         v += tl.load(tile.at(residual_ptr, n, a, col, residual_sn, residual_sr, V), mask=mask, other=0).to(ACC)
     if add_ptr is not None:
@@ -184,7 +192,8 @@ def _pixel_scale_kernel(
 
 @triton.jit
 def _pixel_sums_kernel(
-    x_ptr, dy_ptr, aux_ptr, gate_ptr, pixel_ptr, top_ptr, dgate_ptr, dpixel_ptr, shared_ptr, e_ptr, dx_ptr,
+    x_ptr, dy_ptr, aux_ptr, gate_ptr, pixel_ptr, top_ptr, centre_ptr, shift_ptr, dgate_ptr, dpixel_ptr, shared_ptr,
+    e_ptr, dx_ptr,
     A, B, STEPS, BLOCKS, N, x_sn, x_sr, dy_sn, dy_sr, aux_sn, aux_sr, e_sn, e_sr, dx_sn, dx_sr,
     MERGE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, OUTPUT: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
@@ -206,6 +215,10 @@ def _pixel_sums_kernel(
         x = tl.full((ROWS, COLS), 1, ACC)
         if x_ptr is not None:
             x = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
+        if shift_ptr is not None:  # what was x·gate takes x's place, and no pass wants dgate of it
+            centre = per_channel(centre_ptr, n, a, col, A, B, ACC, PLANES)
+            x = tl.fma(gate, x - centre, per_channel(shift_ptr, n, a, col, A, B, ACC, PLANES))
+            f = pixel
         e = gradient(dy_ptr, aux_ptr, x, f, n, a, col, mask, dy_sn, dy_sr, aux_sn, aux_sr, ACT, SLOPE, OUTPUT, ACC, V)
         if e_ptr is not None:
             tl.store(tile.at(e_ptr, n, a, col, e_sn, e_sr, V), e.to(e_ptr.dtype.element_ty), mask=mask)
@@ -216,7 +229,7 @@ def _pixel_sums_kernel(
             t *= (f - 1) * (2 - f)
         by_gate, by_pixel = t, t
         if (MERGE == "product" or MERGE == "sigmoid_product") and gate_ptr is not None and pixel_ptr is not None:
-            by_gate, by_pixel = t * pixel, t * gate
+            by_gate, by_pixel = t * pixel, t if shift_ptr is not None else t * gate
         dgate += by_gate
         at = col if PLANES else a
         if PLANES:
@@ -228,7 +241,8 @@ def _pixel_sums_kernel(
             total = tl.sum(by_pixel, 0 if PLANES else 1, keep_dims=True)
             tl.store(dpixel_ptr + to, total.to(dpixel_ptr.dtype.element_ty), mask=keep)
         if shared_ptr is not None:
-            hit = inside & (x * gate == per_pixel(top_ptr, n, a, col, A, B, ACC, PLANES))
+            u = x if shift_ptr is not None else x * gate
+            hit = inside & (u == per_pixel(top_ptr, n, a, col, A, B, ACC, PLANES))
             seen = tl.sum(hit.to(ACC), 0 if PLANES else 1, keep_dims=True)
             tl.store(shared_ptr + to, seen.to(shared_ptr.dtype.element_ty), mask=keep)
     if dgate_ptr is not None:
@@ -250,7 +264,8 @@ def _channels(n, block, A, B, N, PLANES: tl.constexpr, ROWS: tl.constexpr, COLS:
 @triton.jit
 def _pixel_apply_kernel(
     x_ptr, e_ptr, gate_ptr, pixel_ptr, mean_ptr, most_ptr, top_ptr, place_ptr, dmean_ptr, dmax_ptr, maxima_ptr,
-    index_ptr, dgate_ptr, count_ptr, dx_ptr, A, B, STEPS, BLOCKS, N, x_sn, x_sr, e_sn, e_sr, dx_sn, dx_sr,
+    index_ptr, centre_ptr, shift_ptr, tilt_ptr, dgate_ptr, count_ptr, dshift_ptr, dx_ptr,
+    A, B, STEPS, BLOCKS, N, x_sn, x_sr, e_sn, e_sr, dx_sn, dx_sr,
     ABS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
     HEADS: tl.constexpr,
@@ -258,6 +273,7 @@ def _pixel_apply_kernel(
     n, block = tile.sample(BLOCKS)
     dgate = tl.zeros((ROWS, COLS), ACC)
     count = tl.zeros((ROWS, COLS), ACC)
+    dshift = tl.zeros((ROWS, COLS), ACC)
     first = tl.program_id(1) * STEPS
     last = tl.minimum(first + STEPS, tl.cdiv(B + V - 1 if HEADS else B, COLS) if PLANES else tl.cdiv(A, ROWS))
     for step in range(first, last):
@@ -273,12 +289,21 @@ def _pixel_apply_kernel(
         gate = 1.0
         if gate_ptr is not None:
             gate = beside(gate_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
+        at, u = x, x * gate
+        if shift_ptr is not None:
+            at = x - beside(centre_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
+            u = tl.fma(gate, at, beside(shift_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS))
         h = tl.zeros((ROWS, COLS), ACC)
         if e_ptr is not None:
             pixel = per_pixel(pixel_ptr, n, a, s, A, B, ACC, PLANES)
-            h += pixel * gradient(
-                e_ptr, None, x, gate * pixel, n, a, col, mask, e_sn, e_sr, 0, 0, ACT, SLOPE, False, ACC, V
-            )
+            if shift_ptr is not None:
+                h += pixel * gradient(
+                    e_ptr, None, u, pixel, n, a, col, mask, e_sn, e_sr, 0, 0, ACT, SLOPE, False, ACC, V
+                )
+            else:
+                h += pixel * gradient(
+                    e_ptr, None, x, gate * pixel, n, a, col, mask, e_sn, e_sr, 0, 0, ACT, SLOPE, False, ACC, V
+                )
         if mean_ptr is not None:
             h += per_pixel(mean_ptr, n, a, s, A, B, ACC, PLANES)
         if most_ptr is not None:
@@ -288,9 +313,11 @@ def _pixel_apply_kernel(
                 h += tl.where(c == per_pixel(place_ptr, n, a, s, A, B, tl.int64, PLANES), most, 0.0)
             else:
                 # A product and not a choice: where the maximum is NaN nothing equals it, and 0·(dmax/0) says so.
-                h += (x * gate == per_pixel(top_ptr, n, a, s, A, B, ACC, PLANES)).to(ACC) * most
+                h += (u == per_pixel(top_ptr, n, a, s, A, B, ACC, PLANES)).to(ACC) * most
         if dgate_ptr is not None:
-            dgate += tl.where(inside, x * h, 0)
+            dgate += tl.where(inside, at * h, 0)
+        if dshift_ptr is not None:
+            dshift += tl.where(inside, h, 0)
         if count_ptr is not None:
             count += (inside & (x == beside(maxima_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS))).to(ACC)
         if dx_ptr is not None:
@@ -311,6 +338,8 @@ def _pixel_apply_kernel(
                     )
                 else:
                     dx += (x == beside(maxima_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)).to(ACC) * dmax
+            if tilt_ptr is not None:
+                dx += at * beside(tilt_ptr, n, a, col, head, A, B, ACC, PLANES, HEADS)
             owned = tile.owned(a, col, head, A, B, V)
             tl.store(tile.at(dx_ptr, n, a, col, dx_sn, dx_sr, V), dx.to(dx_ptr.dtype.element_ty), mask=owned)
     if dgate_ptr is not None:
@@ -318,10 +347,20 @@ def _pixel_apply_kernel(
         tl.store(dgate_ptr + to, tl.sum(dgate, 1 if PLANES else 0).to(dgate_ptr.dtype.element_ty), mask=keep)
         if count_ptr is not None:
             tl.store(count_ptr + to, tl.sum(count, 1 if PLANES else 0).to(count_ptr.dtype.element_ty), mask=keep)
+        if dshift_ptr is not None:
+            tl.store(dshift_ptr + to, tl.sum(dshift, 1 if PLANES else 0).to(dshift_ptr.dtype.element_ty), mask=keep)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.contiguous()
+
+
+def centred(affine: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Centre and shift."""
+    if affine is None:
+        return None, None
+    affine = affine.contiguous()
+    return affine[0], affine[1]
 
 
 def _part(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, many: int) -> tuple[Tensor, Tensor]:
@@ -339,15 +378,15 @@ def _merge(part: Tensor | None, out: Tensor | None) -> None:
 
 def scale(
     x: Tensor, gate: Tensor | None, residual: Tensor | None, pixel: Tensor | None, act: str, slope: float, merge: str,
-    add: Tensor | None = None, weight: Tensor | None = None, plane: Tensor | None = None,
+    add: Tensor | None = None, weight: Tensor | None = None, plane: Tensor | None = None, affine: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = act(x·f + residual + add + weight·plane): add (N, C), weight (C,), plane (N, *S)."""
+    """y = act(x·f + residual + add + weight·plane): add (N, C), weight (C,), plane (N, *S), affine (2, N, C)."""
     y = torch.empty_like(x)
     w = walk(x, residual, y, aligned=False)
     blocks = triton.cdiv(w.a, w.meta["ROWS"]) * triton.cdiv(w.b + w.meta["V"] - 1 if w.planes else w.b, w.meta["COLS"])
     tile.launch(
         _pixel_scale_kernel, (w.n * blocks,), x, x, _dense(gate), _dense(pixel), residual,
-        _dense(add), _dense(weight), _dense(plane), y, w.a, w.b, *w.strides,
+        _dense(add), _dense(weight), _dense(plane), *centred(affine), y, w.a, w.b, *w.strides,
         MERGE=merge, ACT=act, SLOPE=slope, **w.meta,
     )  # fmt: skip
     return y
@@ -356,7 +395,7 @@ def scale(
 def sums(
     x: Tensor, dy: Tensor, aux: Tensor | None, gate: Tensor | None, pixel: Tensor | None, top: Tensor | None,
     act: str, slope: float, merge: str, e: Tensor | None, dx: Tensor | None,
-    channel: torch.dtype | None, plane: torch.dtype | None, ones: bool = False,
+    channel: torch.dtype | None, plane: torch.dtype | None, ones: bool = False, affine: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Fills e and dx; dgate and dpixel in the dtypes given, empty for None; how many channels are top, or empty.
 
@@ -370,7 +409,7 @@ def sums(
     shared, shared_part = (x.new_empty(0, dtype=acc), None) if top is None else _part(x, shape, acc, w.blocks)
     tile.launch(
         _pixel_sums_kernel, (w.n * w.blocks, w.splits), x, None if ones else x, dy, aux,
-        _dense(gate), _dense(pixel), _dense(top),
+        _dense(gate), _dense(pixel), _dense(top), *centred(affine),
         dgate_part, dpixel_part, shared_part, e, dx, w.a, w.b, w.steps, w.blocks, w.n, *w.strides,
         MERGE=merge, ACT=act, SLOPE=slope, OUTPUT=aux is not None and act in FROM_OUTPUT, **w.meta,
     )  # fmt: skip
@@ -383,25 +422,32 @@ def apply(
     x: Tensor, e: Tensor | None, gate: Tensor | None, pixel: Tensor | None, mean: Tensor | None, most: Tensor | None,
     top: Tensor | None, place: Tensor | None, dmean: Tensor | None, dmax: Tensor | None, maxima: Tensor | None,
     index: Tensor | None, act: str, slope: float, absolute: bool, dx: Tensor | None,
-    channel: torch.dtype | None, reads: bool,
+    channel: torch.dtype | None, reads: bool, affine: Tensor | None = None, tilt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fills dx; dgate in the dtype given and the count of maxima beside it, empty where they aren't wanted."""
+    """Fills dx; dgate in the dtype given and the count of maxima beside it, empty where they aren't wanted. With affine
+    dgate (2, N, C) is of the gate and of the shift."""
     read = x if reads else None
     w = walk(x if dx is None else dx, read, e, aligned=False)
     strides = [*w.strides[2:], *(w.strides[:2] if dx is not None else (0, 0))]
     acc = accumulator(x.dtype)
     none, counted = x.new_empty(0), x.new_empty(0, dtype=acc)
-    dgate, dgate_part, count_part = none, None, None
+    dgate, dgate_part, count_part, dshift, dshift_part = none, None, None, None, None
     if channel is not None:
         dgate, dgate_part = _part(x, tuple(x.shape[:2]), channel, w.splits)
+        if affine is not None:
+            dshift, dshift_part = _part(x, tuple(x.shape[:2]), channel, w.splits)
         if maxima is not None:
             counted, count_part = _part(x, tuple(x.shape[:2]), acc, w.splits)
     tile.launch(
         _pixel_apply_kernel, (w.n * w.blocks, w.splits), x, read, e, _dense(gate), _dense(pixel), _dense(mean),
         _dense(most), _dense(top), _dense(place), _dense(dmean), _dense(dmax), _dense(maxima), _dense(index),
-        dgate_part, count_part, dx, w.a, w.b, w.steps, w.blocks, w.n, *strides,
+        *centred(affine), _dense(tilt), dgate_part, count_part, dshift_part, dx,
+        w.a, w.b, w.steps, w.blocks, w.n, *strides,
         ABS=absolute, ACT=act, SLOPE=slope, **w.meta,
     )  # fmt: skip
     _merge(dgate_part, dgate)
     _merge(count_part, counted)
+    if dshift is not None:
+        _merge(dshift_part, dshift)
+        return torch.stack([dgate, dshift]), counted
     return dgate, counted

@@ -27,9 +27,14 @@ def planes_of(pool: str) -> int:
     return 2 if pool == "mean_max" else 1
 
 
-def gated(x: Tensor, gate: Tensor | None) -> Tensor:
-    """u, in the accumulation dtype."""
+def gated(x: Tensor, gate: Tensor | None, affine: Tensor | None = None) -> Tensor:
+    """u, in the accumulation dtype; with affine (2, N, C), centre and shift, gate·(x − centre) + shift."""
     acc = accumulator(x.dtype)
+    if affine is not None:
+        centre, shift = affine.to(acc)
+        x = x.to(acc) - spread(centre, x)
+        assert gate is not None
+        return x * spread(gate.to(acc), x) + spread(shift, x)
     return x.to(acc) if gate is None else x.to(acc) * spread(gate.to(acc), x)
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from .. import tile
 from ..layout import accumulator
 from .channel_pool import has_max
-from .pixel_kernels import apply, per_channel, per_pixel, spot, walk
+from .pixel_kernels import apply, centred, per_channel, per_pixel, spot, walk
 
 
 @triton.jit
 def _spatial_pool_kernel(
-    x_ptr, gate_ptr, mean_ptr, max_ptr, index_ptr, A, B, STEPS, BLOCKS, P, x_sn, x_sr, ACC: tl.constexpr,
+    x_ptr, gate_ptr, centre_ptr, shift_ptr, mean_ptr, max_ptr, index_ptr,
+    A, B, STEPS, BLOCKS, P, x_sn, x_sr, ACC: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
     n, block = tile.sample(BLOCKS)
@@ -32,7 +33,11 @@ def _spatial_pool_kernel(
         inside = (a < A) & (col < B)
         mask = (a < A) & (col // V * V < B)
         x = tl.load(tile.at(x_ptr, n, a, col, x_sn, x_sr, V), mask=mask, other=0).to(ACC)
-        if gate_ptr is not None:
+        if shift_ptr is not None:
+            gate = per_channel(gate_ptr, n, a, col, A, B, ACC, PLANES)
+            x -= per_channel(centre_ptr, n, a, col, A, B, ACC, PLANES)
+            x = tl.fma(gate, x, per_channel(shift_ptr, n, a, col, A, B, ACC, PLANES))
+        elif gate_ptr is not None:
             x *= per_channel(gate_ptr, n, a, col, A, B, ACC, PLANES)
         total += tl.where(inside, x, 0)
         if index_ptr is not None:
@@ -77,13 +82,17 @@ def _count_top_kernel(
 
 
 def spatial_pool(x: Tensor, gate: Tensor | None, pool: str, ties: str, return_index: bool) -> tuple[Tensor, Tensor]:
+    return pooled(x, gate, None, pool, has_max(pool) and (ties == "first" or return_index))
+
+
+def pooled(x: Tensor, gate: Tensor | None, affine: Tensor | None, pool: str, indexed: bool) -> tuple[Tensor, Tensor]:
+    """Planes of x·gate, or of gate·(x − centre) + shift with affine (2, N, C); and the maxima's channels, or empty."""
     acc, both = accumulator(x.dtype), pool == "mean_max"
     planes = torch.empty((x.shape[0], 1 + both, *x.shape[2:]), dtype=acc, device=x.device)
-    indexed = has_max(pool) and (ties == "first" or return_index)
     index = torch.empty((x.shape[0], *x.shape[2:]) if indexed else 0, dtype=torch.int64, device=x.device)
     w = walk(x, along="channels")
     tile.launch(
-        _spatial_pool_kernel, (w.n * w.blocks,), x, x, gate if gate is None else gate.contiguous(),
+        _spatial_pool_kernel, (w.n * w.blocks,), x, x, gate if gate is None else gate.contiguous(), *centred(affine),
         planes if pool != "max" else None, planes[:, int(both) :] if has_max(pool) else None,
         index if indexed else None, w.a, w.b, w.steps, w.blocks, 1 + both, *w.strides, **w.meta,
     )  # fmt: skip
