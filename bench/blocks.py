@@ -231,7 +231,7 @@ def _layer(name: str) -> Callable[[int], nn.Module]:
     def make(c: int) -> nn.Module:
         from timm import layers
 
-        return getattr(layers, name)(c)  # type: ignore[no-any-return]
+        return operator.attrgetter(name)(layers)(c)  # type: ignore[no-any-return]
 
     return make
 
@@ -300,7 +300,7 @@ CONTESTS = {
         Contest("SGE", lambda c: _loaded(published.GroupEnhance(), fused_attn.SpatialGroupEnhance())),
         Contest(TAIL, _tail(_layer("SEModule")), _two, "timm"),
         Contest("tail with ECA", _tail(_layer("EcaModule")), _two, "timm"),
-        Contest("tail with CBAM", _two_gates(_layer("CbamModule")), _two, "timm"),
+        Contest("tail with CBAM", _two_gates(_layer("cbam.CbamModule")), _two, "timm"),
         Contest("tail without a gate", _tail(None), _two),
         Contest("tail of PSA", _ahead, lambda n, c, s: [(n, c // 4, s, s)] * 4),
         Contest("tail with Shuffle Attention", _shuffled, _two),
