@@ -426,7 +426,7 @@ def parser(add: Any) -> argparse.ArgumentParser:
     p.add_argument("--block", nargs="+", choices=list(CONTESTS), metavar="NAME", help=f"of {', '.join(CONTESTS)}")
     p.add_argument("--shape", default="", help="only shapes whose label contains this, such as 512x28")
     p.add_argument("--batch", nargs="+", type=int, default=[8], help="N (default: 8)")
-    session.options(p, mode=MODES, dtype=DTYPES, layout=LAYOUTS, baseline=("eager", "inductor"))
+    session.options(p, modes=2, mode=MODES, dtype=DTYPES, layout=LAYOUTS, baseline=("eager", "inductor"))
     return p
 
 

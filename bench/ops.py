@@ -386,8 +386,7 @@ def parser(add: Any) -> argparse.ArgumentParser:
     p.add_argument("--op", nargs="+", choices=[op.name for op in bench_ops()], help="only these ops")
     p.add_argument("--case", default="", help="only cases whose label contains this, such as 8x64x56x56")
     p.add_argument("--backend", nargs="+", default=[], choices=backend.BACKENDS[1:], help="force these (default: auto)")
-    p.add_argument("--quick", action="store_true", help="two cases per op, 0.3 s each")
-    session.options(p, mode=MODES, dtype=DTYPES, layout=LAYOUTS, baseline=("eager", "inductor", "clone"))
+    session.options(p, modes=3, mode=MODES, dtype=DTYPES, layout=LAYOUTS, baseline=("eager", "inductor", "clone"))
     return p
 
 
