@@ -28,7 +28,8 @@ from fused_attn import backend
 
 from . import measure, memory, session, taxed
 from .measure import Candidate, Row
-from .ops import LAYOUTS, compiled
+from .ops import LAYOUTS
+from .subjects import compiled
 from .support import table
 
 MODES = ("inference", "train-step")

@@ -31,7 +31,8 @@ from fused_attn import backend, ops, testing
 from fused_attn.registry import OPS, Case, Op, case
 
 from . import measure
-from .ops import DTYPES, SE, Job, bench_ops, label
+from .labels import SE, bench_ops, label
+from .ops import DTYPES, Job
 from .support import ROOT, importable, progress, write_json
 
 PARTS = ("correctness", "kernels")

@@ -15,8 +15,8 @@ from typing import Any
 from fused_attn.plan import RULES
 from fused_attn.registry import BLOCKS, OPS, Op
 
-from . import ops
 from .measure import MODES, Row, log
+from .subjects import INDUCTORS
 from .support import ROOT, significant
 
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
@@ -128,7 +128,7 @@ def _op_rows(content: dict[str, Any]) -> str:
             backends.add(ours.backend)
             if by.get("eager") and by["eager"].median_us:
                 eager.append(by["eager"].median_us / ours.median_us)
-            rivals = [by[i].median_us for i in ops.INDUCTORS if i in by and by[i].median_us]
+            rivals = [by[i].median_us for i in INDUCTORS if i in by and by[i].median_us]
             if rivals:
                 inductor.append(min(rivals) / ours.median_us)  # type: ignore[type-var]
             if ours.of_clone:
@@ -159,7 +159,7 @@ def _blocks(contents: Sequence[dict[str, Any]]) -> str:
             column = shape if (n, dtype, layout) == ("8", "float32", "nchw") else f"N={n}, {dtype}, {layout}"
             if "eager" in by:
                 eager.setdefault((name, mode), {}).setdefault(column, {})[shape] = by["eager"] / by["fused"]
-            if rivals := [by[i] for i in ops.INDUCTORS if i in by]:
+            if rivals := [by[i] for i in INDUCTORS if i in by]:
                 inductor.setdefault((name, mode), {})[case] = min(rivals) / by["fused"]
     columns = list(dict.fromkeys(column for of in eager.values() for column in of))
     columns.sort(key=lambda c: (c.startswith("N="), c.startswith("N=1,"), [-int(v) for v in re.findall(r"\d+$", c)], c))

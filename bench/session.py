@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from . import measure
+from . import figures, measure, shapes
 from .measure import Row
 from .support import progress, write_json
 
@@ -40,6 +40,23 @@ def options(p: argparse.ArgumentParser, modes: int, seconds: float = 2.0, **choi
     p.add_argument("--out", type=Path, help="folder for the JSON; a folder named after the machine is made in it")
 
 
+def shape_options(p: argparse.ArgumentParser, *default: str) -> None:
+    """Adds the options that select shapes of networks."""
+    text = f"the shapes of these networks at 224 px, of {', '.join(shapes.SETS)}"
+    text += f" (default: {', '.join(default)})" if default else ", instead of the ops' own cases"
+    p.add_argument(
+        "--shapes", nargs="+", choices=list(shapes.SETS), metavar="NETWORK", default=list(default), help=text
+    )
+    p.add_argument("--batch", nargs="+", type=int, help="N of those (default: 8; on a GPU 1, 8, 64 and 256)")
+
+
+def shapes_of(options: argparse.Namespace, device: str) -> list[tuple[int, tuple[int, int, int]]]:
+    """Batch and shape of everything in the sets that are asked for; with --quick two of them."""
+    every = dict.fromkeys(shape for name in options.shapes for shape in shapes.SETS[name])
+    found = list(itertools.product(options.batch or shapes.BATCHES[device], every))
+    return [found[0], found[-1]] if options.quick else found
+
+
 def chosen(given: list[str], every: Iterable[str]) -> list[str]:
     """What an option selects."""
     return list(every) if "all" in given else given
@@ -63,6 +80,8 @@ def run(
     asked = floors is not None and given.check_floors
     runs = given.runs or (3 if asked else 1)
     source = measure.provenance(device, measure.command_line("bench", arguments))
+    if kind != "models":
+        source["copy_gbps"] = figures.copy_gbps(device)
     path = None
     if given.out:
         path = given.out / measure.slug(source["device_name"]) / f"{name}-{measure.stamp()}.json"
