@@ -40,7 +40,7 @@ def read(path: Path) -> list[Row]:
         content = json.loads(path.read_text())
         return [Row(**{k: v for k, v in r.items() if k in _FIELDS}) for r in content["rows"]]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of bench ops, blocks or models: {type(error).__name__} {error}") from None
+        raise ValueError(f"{path} is no result of ops, blocks or models: {type(error).__name__} {error}") from None
 
 
 def relative(rows: Sequence[Row], against: str | None, absolute: bool = False) -> dict[Key, float]:
