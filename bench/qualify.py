@@ -290,11 +290,14 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.resume and not options.only:
         print("bench qualify: --resume takes --only, the part that the file is of")
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops it lets it write what it has
-    worst = 0
-    for part in [options.only] if options.only else list(PARTS):
-        status = qualify(part, options, options.device, arguments)
-        worst = max(worst, status)
-        if status == STOPPED:
-            break
-    return worst
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops it lets it write what it has
+    try:
+        worst = 0
+        for part in [options.only] if options.only else list(PARTS):
+            status = qualify(part, options, options.device, arguments)
+            worst = max(worst, status)
+            if status == STOPPED:
+                break
+        return worst
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -49,7 +49,7 @@ def rescaled(op: Op, given: Case, n: int, c: int, s: int, h: int) -> Case | None
                     yield c
                 elif d == c0 // 16 and c0 in (t for v in given.args.values() if isinstance(v, tuple) for t in v):
                     yield h
-                elif d == s0 and i >= len(shape) - 2 and len(shape) > 2:
+                elif d == s0 and i >= len(shape) - 2 and len(shape) > 2 and shape[0] == n0:
                     yield s
                 elif proportional and d > 1 and d * c % c0 == 0 and c0 % d == 0:
                     yield d * c // c0

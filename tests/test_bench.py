@@ -288,7 +288,9 @@ def test_a_dying_worker_costs_one_item(tmp_path, monkeypatch):
     assert "illegal memory access" in entries["deadly"]["reason"]
 
 
-@pytest.mark.parametrize("command", [[], ["ops"], ["qualify"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], *([c] for c in ("ops", "blocks", "models", "compare", "regress", "qualify", "dispatch", "report"))]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main([*command, "--help"])
