@@ -5,11 +5,13 @@ written into a picture.
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from .contests import CONTESTS
 from .measure import Row
 from .tables import newest
 
@@ -33,14 +35,15 @@ def planned(results: Path) -> list[Plan]:
     found = []
     for (machine, kind), contents in newest(results).items():
         device = contents[-1]["provenance"]["device_name"]
-        if kind in ("blocks", "blocks-floors") and speedups(contents):
-            if kind == "blocks":
-                title = f"Speed-up over eager per mechanism and shape, {device}"
-                found.append(Plan(f"speedup-{machine}.png", title, contents, _speedup))
-        elif kind == "models":
-            found.append(Plan(f"tax-{machine}.png", f"Attention tax of whole networks, {device}", contents, _tax))
-        if points(contents):
-            title = f"Bandwidth of {'mechanisms' if kind.startswith('blocks') else 'ops'}, {device}"
+        if kind in ("blocks", "qualify-kernels") and speedups(contents):
+            title = f"Speed-up over eager per mechanism and shape, {device}"
+            found.append(Plan(f"speedup-{machine}.png", title, contents, _speedup))
+        if kind in ("models", "qualify-models") and taxes(contents):
+            found.append(
+                Plan(f"tax-{kind}-{machine}.png", f"Attention tax of whole networks, {device}", contents, _tax)
+            )
+        if kind in ("ops", "blocks", "qualify-kernels") and points(contents):
+            title = f"Bandwidth of {'mechanisms' if kind == 'blocks' else 'ops'}, {device}"
             found.append(Plan(f"roofline-{kind}-{machine}.png", title, contents, _roofline))
     return found
 
@@ -70,12 +73,21 @@ def rows_of(contents: Contents) -> list[Row]:
     return [Row(**r) for content in contents for r in content["rows"]]
 
 
+def usual(contents: Contents) -> tuple[str, str, str]:
+    """Which batch, dtype and layout a picture is of: 8 samples in float32 NCHW, or what most rows have."""
+    count = Counter((r.case.split("x")[0], r.dtype, r.layout) for r in rows_of(contents) if r.impl == "fused")
+    first = ("8", "float32", "nchw")
+    return first if first in count or not count else count.most_common(1)[0][0]
+
+
 def speedups(contents: Contents) -> dict[tuple[str, str], dict[str, float]]:
-    """(mechanism, mode) -> shape -> speed-up over eager, of 8 samples in float32 NCHW. A later file counts."""
+    """(mechanism, mode) -> shape -> speed-up over eager, of the usual batch, dtype and layout. A later file counts."""
     groups: dict[tuple[str, str, str], dict[str, float]] = {}
+    wanted = usual(contents)
     for r in rows_of(contents):
-        if (r.dtype, r.layout) == ("float32", "nchw") and r.case.startswith("8x") and r.median_us and r.mode in MODES:
-            groups.setdefault((r.op, r.mode, r.case[2:]), {})[r.impl] = r.median_us
+        n, _, shape = r.case.partition("x")
+        if (n, r.dtype, r.layout) == wanted and r.op in CONTESTS and r.median_us and r.mode in MODES:
+            groups.setdefault((r.op, r.mode, shape), {})[r.impl] = r.median_us
     found: dict[tuple[str, str], dict[str, float]] = {}
     for (name, mode, shape), by in groups.items():
         if "fused" in by and "eager" in by:
@@ -88,7 +100,7 @@ def _largest(shape: str) -> int:
 
 
 def _speedup(plt: Any, contents: Contents) -> Any:
-    found = speedups(contents)
+    found, (n, dtype, layout) = speedups(contents), usual(contents)
     names = list(dict.fromkeys(name for name, _ in found))
     shapes = sorted({s for by in found.values() for s in by}, key=_largest)
     figure, axes = plt.subplots(
@@ -112,7 +124,12 @@ def _speedup(plt: Any, contents: Contents) -> Any:
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(shapes), frameon=False, title="C×H×W, 8 samples, float32"
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=len(shapes),
+        frameon=False,
+        title=f"C×H×W, {n} samples, {dtype}, {layout}",
     )
     return figure
 

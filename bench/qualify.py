@@ -32,7 +32,7 @@ import torch
 
 from fused_attn import backend
 
-from . import measure, trial_correctness, trial_sanitizer, trial_speed
+from . import figures, measure, trial_correctness, trial_sanitizer, trial_speed
 from .support import ROOT, progress, write_json
 from .trials import Item, NotRun, kernels_of
 
@@ -234,6 +234,8 @@ def qualify(part: str, options: argparse.Namespace, device: str, arguments: Sequ
         "rows": [row for e in entries for row in e.pop("rows", [])],
         "items": entries,
     }
+    if part == "kernels":
+        result["provenance"]["copy_gbps"] = figures.copy_gbps(device)
     path = options.out / measure.slug(result["provenance"]["device_name"]) / f"{part}-{measure.stamp()}.json"
     write_json(path, result)
     said = ", ".join(f"{counts[s]} {s}" for s in ("passed", "failed", "not run"))

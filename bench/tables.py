@@ -127,7 +127,8 @@ def _span(values: Sequence[float]) -> str:
 def _correctness(content: dict[str, Any]) -> str:
     counts = content["counts"]
     said = ", ".join(f"{counts.get(s, 0)} {s}" for s in ("passed", "failed", "not run"))
-    return f"Correctness on the device ({content['backend']}): {said}."
+    what = "Correctness on the device" if content["kind"] == "qualify-correctness" else "Under compute-sanitizer"
+    return f"{what} ({content['backend']}): {said}."
 
 
 def _models(contents: Sequence[dict[str, Any]]) -> str:
@@ -174,6 +175,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "blocks-floors": _floors,
     "qualify-kernels": _op_rows,
     "qualify-correctness": _correctness,
+    "qualify-models": lambda content: _models([content]),
+    "qualify-sanitizer": _correctness,
     "memory": _memory,
 }
 MERGED: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {"blocks": _blocks, "models": _models}

@@ -31,7 +31,7 @@ def write(folder, name, kind, rows, **source):
 @pytest.fixture
 def results(tmp_path):
     """A CPU's results of all kinds that are drawn."""
-    row = lambda impl, us, op="SE <timm>", case="8x256x56x56", mode="forward", **more: Row(
+    row = lambda impl, us, op="SE (timm)", case="8x256x56x56", mode="forward", **more: Row(
         op, case, mode, "float32", "nchw", "cpu", impl, "cpp", "published", median_us=us, **more
     )
     blocks = []
@@ -42,7 +42,7 @@ def results(tmp_path):
                 row("eager", 3 * us, case=case, mode=mode),
             ]
     write(tmp_path / "a-cpu", "blocks-1.json", "blocks", blocks)
-    net = lambda impl, us, mode: row(impl, us, "net", "8x3x224x224", mode)
+    net = lambda impl, us, mode: row(impl, us, "<net>", "8x3x224x224", mode)
     forms = {"attention": 130e3, "attention, fused": 110e3, "plain": 100e3, "plain, fused": 98e3}
     write(tmp_path / "a-cpu", "models-1.json", "models", [
         net(impl, us, mode) for impl, us in forms.items() for mode in ("inference", "train-step")
@@ -75,12 +75,12 @@ def test_the_same_bytes_from_the_same_results(results):
 
 def test_every_kind_has_its_picture(results, tmp_path):
     pictures = plots.draw(results)
-    assert set(pictures) == {"speedup-a-cpu.png", "roofline-blocks-a-cpu.png", "tax-a-cpu.png"}
+    assert set(pictures) == {"speedup-a-cpu.png", "roofline-blocks-a-cpu.png", "tax-models-a-cpu.png"}
     for data in pictures.values():
         assert data.startswith(b"\x89PNG")
         assert len(data) < 150_000
         assert int.from_bytes(data[16:20], "big") <= 1000  # pixels: a README's width
-    assert plots.speedups(plots.planned(results)[0].contents)["SE <timm>", "forward"]["256x56x56"] == 3.0
+    assert plots.speedups(plots.planned(results)[0].contents)["SE (timm)", "forward"]["256x56x56"] == 3.0
     points = {whose: (mib, gbps) for whose, mib, gbps in plots.points(plots.planned(results)[0].contents)[:2]}
     assert points["fused"] == (48.0, pytest.approx((3 << 24) / 40.0 / 1e3))
     assert points["eager"] == (48.0, pytest.approx((3 << 24) / 120.0 / 1e3))
@@ -95,7 +95,7 @@ def test_the_page_needs_no_other_file(results):
     html = page.render(results, plots.draw(results))
     assert html.count("data:image/png;base64,") == 3
     assert 'src="http' not in html
-    assert "SE &lt;timm&gt;" in html
+    assert "&lt;net&gt;" in html
     assert "+30.0 %" in html  # the tax, from 130 and 100 ms
     assert "No GPU result is committed yet" in html
     assert str(results) not in html
