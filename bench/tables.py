@@ -148,10 +148,10 @@ def _models(contents: Sequence[dict[str, Any]]) -> str:
                 where = f"N={n}, {dtype}, {layout}{how}"
                 cells = [rate(i) for pair in zip(*pairs, strict=True) for i in pair] + [tax(p) for p in pairs]
                 lines.append([name, mode, where, *cells, *(mib(i) for i in (pairs[0][0], pairs[1][0], pairs[0][1]))])
-    head = ["network", "mode", "x", "images/s", "fused", "without attention", "that fused", "tax", "tax, fused"]
-    head += ["peak MiB", "fused", "without attention"]
+    head = ["network", "mode", "x", "images/s", "fused: images/s", "plain: images/s", "plain, fused: images/s"]
+    head += ["tax", "tax, fused", "peak MiB", "fused: peak MiB", "plain: peak MiB"]
     plains = dict.fromkeys((r.op, r.source) for r in rows if r.impl == "plain")
-    return markdown(head, lines) + "\n\nWithout attention: " + "; ".join(f"{n}: {p}" for n, p in plains) + "."
+    return markdown(head, lines) + "\n\nPlain, without attention: " + "; ".join(f"{n}: {p}" for n, p in plains) + "."
 
 
 def _rate(row: Row, n: int) -> str:
