@@ -52,7 +52,7 @@ check: $(REQUIREMENTS) ## lint, format, types, generated files
 	run $(PY) -m fused_attn._codegen --check; \
 	if [ -n "$$failed" ]; then echo "make check: failed:$$failed"; exit 1; fi
 
-bench: $(BUILD) $(REQUIREMENTS) ## time every op against eager, Inductor and x.clone()
+bench: $(BUILD) $(REQUIREMENTS) ## time every op against eager, Inductor and x.clone() (python -m bench --help: all there is)
 	$(PY) -m bench ops $(ARGS)
 
 qualify: $(BUILD) $(REQUIREMENTS) ## correctness and speed on this machine's GPU, as JSON in bench/results

@@ -27,7 +27,7 @@ import torch
 from .support import ROOT
 
 SCHEMA = 1
-MODES = ("forward", "recording", "forward+backward")
+MODES = ("forward", "recording", "forward+backward", "train-step")
 _SHORTEST = 300e-6  # seconds in a CPU sample: 1000 times the clock's own cost
 _LONG = 0.05  # seconds
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -61,7 +61,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of one case in one mode. Times are None, and `error` is set, where it failed."""
+    """One implementation of one case in one mode. Times are None, and `error` is set, where it failed.
+
+    passes, bytes, gbps   reads and writes of feature maps that it must make, those in bytes, and these per second
+    of_clone, of_copy     its time in units of x.clone()'s; gbps in units of this machine's copy bandwidth
+    host_us, graph_us     of a call before there is data to move; of a replay as a CUDA graph
+    peak_bytes            memory that a call takes beyond what was there before
+    saved_bytes           what autograd keeps for backward beyond arguments and parameters
+    largest_batch         that fits; on a GPU
+    """
 
     op: str
     case: str
@@ -82,6 +90,12 @@ class Row:
     bytes: int | None = None
     gbps: float | None = None
     of_clone: float | None = None
+    of_copy: float | None = None
+    host_us: float | None = None
+    graph_us: float | None = None
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    largest_batch: int | None = None
     error: str | None = None
     run: int = 0
 
@@ -269,12 +283,13 @@ def provenance(device: str, command: Sequence[str]) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "cuda": torch.version.cuda or torch.version.hip,
             "clock": "CUDA events, cold L2",
-            "driver": _driver(),
+            "driver": driver(),
         }
     return found
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
+    """The driver's version, the clocks and the power limit as they are now."""
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()

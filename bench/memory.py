@@ -8,12 +8,14 @@ Each network runs in a process of its own, because a peak can't be taken back.
 """
 
 import argparse
+import ctypes
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +45,70 @@ def saved_bytes(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     return total, sum(kept.values())
 
 
-def step(name: str, fused: bool, batch: int, device: str) -> dict[str, float]:
-    """One training step in this process. The first, smaller one loads libraries and allocates gradients."""
+def used(
+    model: nn.Module, batch: int, size: int, device: str, train: bool = True, cast: Callable[[], Any] = nullcontext,
+    shape: Callable[[Tensor], Tensor] = lambda x: x,
+) -> dict[str, float]:  # fmt: skip
+    """MiB of one training step, or of one inference, in this process. The first, smaller one loads libraries and
+    allocates gradients.
+
+    cast: the context of the forward, such as autocast; shape: what gives the input its dtype and layout
+    """
     torch.set_num_threads(1)
-    model = networks.build(name, SIZE).to(device).train()
+
+    def call(x: Tensor) -> int:
+        if not train:
+            with torch.inference_mode(), cast():
+                model(x)
+            return 0
+        with cast():
+            total, kept = saved_bytes(model, x)
+        total.backward()
+        return kept
+
+    model.train(train)
+    call(shape(torch.randn(2, 3, size, size, device=device)))
+    x = shape(torch.randn(batch, 3, size, size, device=device))
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        kept = call(x)
+        return {"saved": kept / 2**20, "peak": torch.cuda.max_memory_allocated() / 2**20 - before}
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident memory starts anew
+    before = _resident("VmRSS")
+    kept = call(x)
+    return {"saved": kept / 2**20, "peak": _resident("VmHWM") - before}
+
+
+def _resident(field: str) -> float:
+    """MiB that the system counts. Not getrusage's: that starts with what the parent process had."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found is not None, field
+    return int(found[1]) / 1024
+
+
+def step(name: str, fused: bool, batch: int, device: str) -> dict[str, float]:
+    """One training step of a network."""
+    model = networks.build(name, SIZE).to(device)
     if fused:
         networks.fuse(model)
-    model(torch.randn(2, 3, SIZE, SIZE, device=device)).sum().backward()
-    x = torch.randn(batch, 3, SIZE, SIZE, device=device)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() // 1024
-    total, kept = saved_bytes(model, x)
-    total.backward()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device == "cuda":
-        after = torch.cuda.max_memory_allocated() // 1024
-    return {"saved": kept / 2**20, "peak": (after - before) / 1024}
+    return used(model, batch, SIZE, device)
+
+
+def alone(arguments: Sequence[str]) -> dict[str, Any]:
+    """What `python -m bench` with these arguments prints as its last line, from a process of its own in which freed
+    memory goes back. Raises RuntimeError with the last line of its complaint."""
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", *arguments], capture_output=True, text=True, cwd=ROOT, check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    if run.returncode:
+        raise RuntimeError((run.stderr.strip() or run.stdout.strip() or "no message").splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def parser(add: Any) -> argparse.ArgumentParser:
@@ -87,14 +135,11 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for name in progress(options.network, "bench memory"):
         for form in ("unfused", "fused"):
             command = ["memory", "--network", name, "--one", form, "--batch", str(options.batch), "--device", device]
-            run = subprocess.run(
-                [sys.executable, "-m", "bench", *command], capture_output=True, text=True, cwd=ROOT, check=False,
-                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-            )  # fmt: skip
-            if run.returncode:
-                print(f"{name}, {form}: {(run.stderr.strip() or 'no message').splitlines()[-1]}")
+            try:
+                found.setdefault(name, {})[form] = alone(command)
+            except RuntimeError as error:
+                print(f"{name}, {form}: {error}")
                 return 1
-            found.setdefault(name, {})[form] = json.loads(run.stdout.splitlines()[-1])
     head = ["MiB of a training step", "saved", "fused", "peak", "fused"]
     cells = lambda forms: [f"{forms[f][what]:.0f}" for what in ("saved", "peak") for f in ("unfused", "fused")]
     print(table(head, [[name, *cells(forms)] for name, forms in found.items()]))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._dispatch import TABLE
 from .layout import same_kind, walkable
 
 if TYPE_CHECKING:
@@ -259,6 +260,21 @@ def refusal(op: "Op", backend: str, args: tuple[Any, ...]) -> str | None:
     return None
 
 
+def size_class(x: Tensor) -> str:
+    """The column of the table of measured backends that a map belongs to: bound by launches, or by memory."""
+    return "small" if x.numel() * x.element_size() < 1 << 20 else "large"
+
+
+def order(op: "Op", x: Tensor) -> tuple[str, ...]:
+    """The backends to try, first choice first: as measured on this architecture where a result is committed."""
+    usual = ORDER.get(x.device.type, ("eager",))
+    if not TABLE or not x.is_cuda:
+        return usual
+    major, minor = torch.cuda.get_device_capability(x.device)
+    measured = TABLE.get((op.name, f"sm_{major}{minor}", size_class(x)), ())
+    return tuple(dict.fromkeys((*(b for b in measured if b in usual), *usual)))
+
+
 def choose(op: "Op", args: tuple[Any, ...]) -> Choice:
     """The backend that will run, with the reason. Raises RuntimeError where a forced backend can't."""
     want, x = _forced.get(), args[0]
@@ -269,7 +285,7 @@ def choose(op: "Op", args: tuple[Any, ...]) -> Choice:
             raise RuntimeError(f"fused_attn.{op.name}: backend {want!r} can't run: {why}")
         return Choice(op.name, want, "forced", *seen)
     passed: list[str] = []
-    for name in ORDER.get(x.device.type, ("eager",)):
+    for name in order(op, x):
         if (why := refusal(op, name, args)) is None:
             return Choice(op.name, name, "; ".join(passed) or f"first choice on {x.device.type}", *seen)
         passed.append(f"{name}: {why}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import measure, ops, qualify, report, support
+from bench import labels, measure, ops, qualify, report, subjects, support
 from bench.measure import Candidate, Row, Timing
 from fused_attn import backend
 from fused_attn.registry import OPS, case
@@ -115,7 +115,7 @@ def test_failing_baseline_is_reported(monkeypatch):
     def broken(function, **options):
         raise RuntimeError("no compiler today")
 
-    monkeypatch.setattr(ops, "compiled", lambda function, **options: lambda *args: broken(function))
+    monkeypatch.setattr(subjects, "compiled", lambda function, **options: lambda *args: broken(function))
     rows = ops.Job(OPS["scale"], case(x=(2, 8, 6, 6), gate=(2, 8))).run(0.01)
     failed = [r for r in rows if r.impl.startswith("inductor")]
     assert len(failed) == 2
@@ -127,7 +127,7 @@ def test_failing_baseline_is_reported(monkeypatch):
 def synthetic(factor, run=0):
     """Rows of the speed table where ours is everywhere `factor` times as fast as eager, Inductor just as fast."""
     rows = []
-    cases = [ops.label(OPS[ops.SE], c) for c in ops.bench_cases(OPS[ops.SE])] + [ops.label(OPS[ops.SE], ops.HOST)]
+    cases = [ops.label(OPS[ops.SE], c) for c in labels.bench_cases(OPS[ops.SE])] + [ops.label(OPS[ops.SE], ops.HOST)]
     for c in cases:
         for mode in measure.MODES:
             for impl, t in (
@@ -253,7 +253,7 @@ def test_qualify_times_kernels(tmp_path):
     assert bench.main(["qualify", "--device", "cpu", "--only", "kernels", "--match", match, "--minutes", "0.3",
                        "--out", str(tmp_path)]) in (0, 1)  # fmt: skip
     content = json.loads(next(tmp_path.glob("*/kernels-*.json")).read_text())
-    assert len(content["items"]) == len(ops.bench_cases(ops.OPS["scale"]))
+    assert len(content["items"]) == len(labels.bench_cases(ops.OPS["scale"]))
 
 
 def test_a_dying_worker_costs_one_item(tmp_path, monkeypatch):
@@ -288,7 +288,9 @@ def test_a_dying_worker_costs_one_item(tmp_path, monkeypatch):
     assert "illegal memory access" in entries["deadly"]["reason"]
 
 
-@pytest.mark.parametrize("command", [[], ["ops"], ["qualify"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], *([c] for c in ("ops", "blocks", "models", "compare", "regress", "qualify", "dispatch", "report"))]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main([*command, "--help"])

@@ -1,0 +1,170 @@
+"""`qualify` without a GPU: everything but the device's own calls, on the CPU and with a fake sanitizer."""
+
+import json
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from bench import __main__ as bench
+from bench import models, qualify, support, trial_correctness, trial_sanitizer, trial_speed, trials
+from bench.contests import CONTESTS
+from fused_attn.registry import OPS
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("part", list(qualify.PARTS))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_items(part, device):
+    """They can be listed without a device, and their names, which results are resumed by, are all different."""
+    names = [i.name for i in qualify.items_of(part, device, "")]
+    assert names
+    assert len(set(names)) == len(names)
+
+
+def test_every_mechanism_and_op_is_on_trial():
+    names = [i.name for i in qualify.items_of("correctness", "cuda", "")]
+    for name in CONTESTS:
+        for what in ("float32 nchw", "bfloat16 channels_last", "autocast"):
+            assert f"{name}, fused, {what}" in names
+        assert f"{name}, CUDA graph" in names
+    sanitized = {i.name for i in qualify.items_of("sanitizer", "cuda", "")}
+    for op in (op for op in OPS.values() if op.formula is not None):
+        assert f"memcheck {op.name}" in sanitized
+        assert any(n.startswith(f"{op.name} ") for n in names)
+    assert all(i.seconds <= 9 * 60 for part in qualify.PARTS for i in qualify.items_of(part, "cuda", ""))
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [("float32", "nchw"), ("bfloat16", "channels_last"), ("amp", "nchw")])
+@pytest.mark.parametrize("name", ["SGE", "DRSN", "f2", "PSA"])
+def test_mechanisms_pass(name, dtype, layout):
+    found = trial_correctness._mechanism(name, dtype, layout, "cpu")
+    assert found["compared"] >= 3
+
+
+def test_a_wrong_mechanism_fails(monkeypatch):
+    pair_of = trial_correctness.pair_of
+
+    def broken(*given):
+        eager, true, fused, xs = pair_of(*given)
+        return eager, true, lambda *inputs: fused(*inputs) * 1.001, xs
+
+    monkeypatch.setattr(trial_correctness, "pair_of", broken)
+    with pytest.raises(trials.Wrong, match=r"y: error 1\.0e-03"):
+        trial_correctness._mechanism("f2", "float32", "nchw", "cpu")
+
+
+def test_streams():
+    entered = []
+
+    class Stream(nullcontext):
+        def __enter__(self):
+            entered.append(self)
+
+    found = trial_correctness.streamed("cpu", [Stream(), Stream()], rounds=2)
+    assert found == {"streams": 2, "rounds": 2}
+    assert len(entered) == 4
+
+
+def test_far_samples(monkeypatch):
+    found = trial_correctness.far(OPS["scale"], "cpu", (3, 128, 8))
+    assert found["elements"] == 3 * 128 * 64
+    assert max(found["error"].values()) < 0.01
+    with pytest.raises(trials.NotRun):
+        trial_correctness.far(OPS["channel_moments"], "cpu", (3, 128, 8))
+    monkeypatch.setattr(trial_correctness.testing, "error", lambda *given: 0.5)
+    with pytest.raises(trials.Wrong):
+        trial_correctness.far(OPS["scale"], "cpu", (3, 128, 8))
+
+
+@pytest.mark.parametrize("name", ["four streams at once", "f2, CUDA graph", "scale on more than 2^31 elements"])
+def test_what_needs_a_gpu_says_so(name):
+    (item,) = [i for i in qualify.items_of("correctness", "cpu", "") if i.name == name]
+    with pytest.raises(trials.NotRun, match="needs a GPU"):
+        item.run()
+
+
+FAKE = """#!{python}
+import subprocess, sys
+status = subprocess.run(sys.argv[3:]).returncode
+print("========= ERROR SUMMARY: {errors} errors")
+"""
+
+
+@pytest.mark.parametrize("errors", [0, 2])
+def test_sanitizer(tmp_path, monkeypatch, errors):
+    fake = tmp_path / "compute-sanitizer"
+    fake.write_text(FAKE.format(python=sys.executable, errors=errors))
+    fake.chmod(0o755)
+    monkeypatch.setattr(trial_sanitizer, "program", lambda: str(fake))
+    (item,) = [i for i in qualify.items_of("sanitizer", "cpu", "") if i.name == "memcheck map_scale"]
+    if errors:
+        with pytest.raises(trials.Wrong, match="2 errors in"):
+            item.run()
+    else:
+        assert item.run()["cases"] > 2
+
+
+def test_no_sanitizer(monkeypatch):
+    monkeypatch.setattr(trial_sanitizer, "program", lambda: None)
+    with pytest.raises(trials.NotRun, match="not installed"):
+        qualify.items_of("sanitizer", "cpu", "memcheck scale")[0].run()
+
+
+def test_models_are_items(monkeypatch):
+    row = models.Row("net", "2x3x8x8", "inference", "amp", "nchw", "cpu", "attention, fused", "", "", median_us=1.0)
+    monkeypatch.setattr(models.Job, "run", lambda self, seconds, number: [row])
+    items = qualify.items_of("models", "cuda", "^mobilenetv3_large_100 inference")
+    if support.importable("timm"):
+        assert items[0].run() == {"rows": [row.dict()]}
+    failed = models.Row(**row.dict() | {"median_us": None, "error": "RuntimeError: boom"})
+    with pytest.raises(trials.Wrong, match="boom"):
+        trial_speed._rows([failed])
+    baseline = models.Row(**failed.dict() | {"impl": "plain, compiled"})
+    assert trial_speed._rows([baseline])["rows"][0]["error"]
+
+
+ARGUMENTS = ["qualify", "--device", "cpu", "--only", "correctness"]
+
+
+def test_resume(tmp_path, capsys):
+    """What was settled isn't run again; what there was no time for is."""
+    match = r"^scale 2x3x7x7.*float32 (contiguous|channels_last)"
+    assert bench.main([*ARGUMENTS, "--match", match, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/correctness-*.json")
+    content = json.loads(path.read_text())
+    assert len(content["items"]) > 1
+    content["items"][0]["seconds"] = 1234.5
+    content["items"][1] = {"name": content["items"][1]["name"], "status": "not run", "reason": "the time was up"}
+    path.write_text(json.dumps(content))
+    again = tmp_path / "again"
+    assert bench.main([*ARGUMENTS, "--match", match, "--out", str(again), "--resume", str(path)]) == 0
+    (other,) = again.glob("*/correctness-*.json")
+    found = json.loads(other.read_text())
+    assert found["items"][0]["seconds"] == 1234.5
+    assert {i["status"] for i in found["items"]} == {"passed"}
+    assert bench.main(["qualify", "--device", "cpu", "--resume", str(path)]) == 2
+    assert "--only" in capsys.readouterr().out
+
+
+def test_interrupted(tmp_path, monkeypatch, capsys):
+    """What there is gets written, and no other part begins."""
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qualify.Worker, "look", stop)
+    match = ["--match", "^scale 2x3x7x7.*float32 contiguous"]
+    assert bench.main(["qualify", "--device", "cpu", *match, "--out", str(tmp_path)]) == qualify.STOPPED
+    (path,) = tmp_path.glob("*/*.json")
+    assert path.name.startswith("correctness-")
+    content = json.loads(path.read_text())
+    assert not content["finished"]
+    assert "it was interrupted" in capsys.readouterr().out
