@@ -231,3 +231,35 @@ def test_complaints():
         call(residual=x[:1])
     with pytest.raises(ValueError, match="through params"):
         call(excite=lambda p: channel(p, w_), given=())
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles(dynamic):
+    """One graph, with the bits of the eager call."""
+    torch._dynamo.reset()
+    args = arguments((2, 6, 5, 3), F32, "contiguous", True)
+    own = lambda *args: fused(*args, POOLS[0], "first", "relu")
+    compiled = torch.compile(own, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert testing.same_bits(testing.answer(own, args), testing.answer(compiled, args))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bits_do_not_depend_on_threads(layout):
+    args = arguments((2, 70, 40, 40), F32, layout, True)
+    own = lambda *args: fused(*args, POOLS[0], "split", "relu")
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(testing.answer(own, args))
+    finally:
+        torch.set_num_threads(before)
+    assert testing.same_bits(found[0], found[1])
+    assert testing.same_bits(found[0], found[2])
+
+
+def test_second_derivatives_are_refused():
+    args = [t.requires_grad_() for t in arguments((2, 5, 4, 4), F64, "contiguous", True)]
+    (dx,) = torch.autograd.grad(fused(*args, POOLS[0], "split", "silu").sum(), args[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="affine_dual_scale"):
+        dx.sum().backward()
