@@ -41,6 +41,11 @@ def is_watched() -> bool:
     )
 
 
+def is_inference_compiled() -> bool:
+    """Whether this is traced for a compiler, not for export, and nothing is differentiated."""
+    return torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
 def is_plain(args: tuple[Any, ...]) -> bool:
     """Whether these are arguments that a launcher takes as they are: no subclass, no proxy, no symbolic number."""
     return _PLAIN.issuperset(map(type, args))

@@ -47,12 +47,18 @@ def _named(backend: str, source: str) -> str:
 
 _DEFAULT = _named(os.environ.get("FUSED_ATTN_BACKEND", "auto"), "FUSED_ATTN_BACKEND")
 _forced: ContextVar[str] = ContextVar("fused_attn_backend", default=_DEFAULT)
+_blocks: list[str] = []  # what blocks of all threads ask for: a compiler can read this, and not a context's variable
 _observers: list[Callable[[Choice], None]] = []
 
 
 def forced() -> str:
     """The backend that the caller asked for, or "auto"."""
     return _forced.get()
+
+
+def is_free() -> bool:
+    """Whether nobody, in any thread, asks for a backend."""
+    return _DEFAULT == "auto" and all(backend == "auto" for backend in _blocks)
 
 
 @contextmanager
@@ -64,9 +70,11 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises ValueError for another name, and an op raises RuntimeError, with the reason, where the backend can't run it.
     """
     token = _forced.set(_named(backend, "backend"))
+    _blocks.append(backend)
     try:
         yield
     finally:
+        _blocks.remove(backend)
         _forced.reset(token)
 
 
@@ -94,7 +102,8 @@ class Call:
     def __init__(self, op: "Op", args: tuple[Any, ...]) -> None:
         places = [i for i, t in enumerate(args[: op.count]) if t is not None]
         if not places:
-            raise IndexError("no tensor")  # the op's check says it in better words
+            op.check(*args)  # in words that name the argument
+            raise TypeError(f"{op.arguments[0]} must be a tensor; got None")
         self.pick = _all_of(places)
         one = [1 + places.index(i) if i in places else -1 for i in range(op.count)]
         self.spread = _all_of(one)

@@ -125,8 +125,8 @@ def _track(root: Any, names: dict[int, str], running: list[str]) -> list[Any]:
     for module in planned:
         if not isinstance(module, Joining):
             inside |= {id(child) for child in module.modules() if child is not module}
-        elif module.gate is not None:
-            inside.add(id(module.get_submodule(module.gate)))
+        else:
+            inside |= {id(module.get_submodule(name)) for name in module.joins}
     handles = []
     for module in planned:
         if id(module) in inside:

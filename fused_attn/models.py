@@ -110,13 +110,14 @@ class Bottleneck(Joining):
         else:
             self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width) if network.norm else None
-        self.joins = network.where == "conv" and network.norm  # whether the attention stands before a norm
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample = None
         if stride != 1 or inplanes != out:
             self.downsample = nn.Sequential(nn.Conv2d(inplanes, out, 1, stride, bias=False), nn.BatchNorm2d(out))
         self.gate: str | None = network.attribute if network.where == "gate" else None
+        ahead = network.where == "conv" and network.norm  # of its norm
+        self.joins = ("conv2",) if ahead else (self.gate,) if self.gate is not None else ()
         if self.gate is not None:
             self.add_module(self.gate, network.make(out, 1, **options))
 
@@ -124,11 +125,7 @@ class Bottleneck(Joining):
         """(N, inplanes, H, W) to (N, 4·planes, H/stride, W/stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = joined(self.bn1, None, self.conv1(x))
-        if self.joins:
-            x = weighed(self.conv2, self.bn2, x)  # type: ignore[arg-type]
-        else:
-            x = self.conv2(x)
-            x = x if self.bn2 is None else joined(self.bn2, None, x)
+        x = self.conv2(x) if self.bn2 is None else weighed(self.conv2, self.bn2, x)
         gate = None if self.gate is None else self.get_submodule(self.gate)
         return joined(self.bn3, gate, self.conv3(x), shortcut)
 

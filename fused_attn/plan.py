@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.nn.modules import module as _torch_module
 from torch.utils.hooks import RemovableHandle
@@ -70,9 +69,6 @@ class Plan:
     # Whether `run` is the module's whole forward, and takes a residual and an epilogue: what a parent's tail needs.
     fits_tail: ClassVar[bool] = False
     traces: ClassVar[bool] = True  # whether `run` takes what torch.fx puts in a tensor's place
-    # Whether a compiled program without gradients is better off with the plain equations: its compiler joins a gate of
-    # means with the norm in front of it, which an operator that it can't look into would keep apart.
-    yields: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module, skipped: Iterable[str], fixed: Iterable[str] = ()) -> None:
         modules = vars(module)["_modules"]
@@ -247,15 +243,10 @@ def ready(module: nn.Module) -> Plan | None:
     attributes = module.__dict__
     plan: Plan | None = attributes.get(KEY)
     if plan is not None and type(module) is plan.cls and plan.intact(attributes):
-        return None if plan.yields and _left_to_compiler() else plan
+        return plan
     if is_dynamo_compiling():  # a plan isn't made in traced code
         return None
     return renew(module)
-
-
-def _left_to_compiler() -> bool:
-    """Whether this is traced for a compiler, not for export, and nothing is differentiated."""
-    return is_dynamo_compiling() and not torch.is_grad_enabled() and not is_exporting()
 
 
 def renew(module: nn.Module) -> Plan | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C import _DisableAutocast
 
 from . import autograd, backend
-from .autograd import is_plain, is_transformed, is_watched
+from .autograd import is_inference_compiled, is_plain, is_transformed, is_watched
 
 __all__ = ["BLOCKS", "OPS", "Block", "Case", "Op", "case", "op"]
 
@@ -63,12 +63,14 @@ class Op:
         maps: Sequence[str],
         budget: Callable[..., tuple[float, float]] | None,
         reduces: Callable[..., int],
+        opens: bool,
         cases: Sequence[Case],
     ) -> None:
         self.__name__ = self.name = eager.__name__
         self.__doc__, self.__module__ = eager.__doc__, eager.__module__
         self.__signature__ = signature = inspect.signature(eager)
         self.eager, self.formula, self.check, self.budget = _keeping_dtypes(eager), formula, check, budget
+        self._equations, self.opens = eager, opens
         self.maps, self.reduces, self.cases = tuple(maps), reduces, tuple(cases)
         self.schema = torch.library.infer_schema(eager, mutates_args=(), op_name=self.name)
         self.arguments = tuple(signature.parameters)
@@ -133,6 +135,9 @@ class Op:
 
     def _watched(self, args: tuple[Any, ...]) -> Any:
         """The call that somebody watches, or whose arguments aren't plain."""
+        if self.opens and is_inference_compiled() and backend.is_free():
+            with torch.autocast(args[0].device.type, enabled=False):
+                return self.public(args, self._equations(*args))
         outs = (self._transformed.apply if is_transformed() else self.overload)(*args)
         return self.public(args, outs)
 
@@ -190,6 +195,7 @@ def op(
     maps: Sequence[str] = ("x",),
     budget: Callable[..., tuple[float, float]] | None = None,
     reduces: Callable[..., int] = lambda *args: 1,
+    opens: bool = False,
     cases: Sequence[Case] = (),
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declares an op. The decorated function is its eager form: its signature is the schema, its docstring the manual.
@@ -205,6 +211,8 @@ def op(
     maps: names of the arguments as large as a feature map; a compiled backend must find each of them in x's layout
     budget: args -> (reads, writes) of feature maps: the most that a compiled backend may make
     reduces: args -> how many terms the longest sum of an output has, which scales the tolerance
+    opens: whether a program compiled without gradients gets the eager form's lines: its compiler joins them with the
+        norm in front, which an operator that it can't look into would keep apart
     """
     return lambda eager: Op(
         eager,
@@ -217,6 +225,7 @@ def op(
         maps=maps,
         budget=budget,
         reduces=reduces,
+        opens=opens,
         cases=cases,
     )
 

@@ -386,9 +386,7 @@ def _run(step: Step, x: Any) -> Any:
     """One step before the end."""
     if step.ahead is not None and step.norm is not None:
         x, done = _weighed(step.ahead, step.norm, x, step.act, step.slope)
-        for module in () if done else step.alone[1:]:
-            x = module(x)
-        return x
+        return x if done else _run(step._replace(alone=step.alone[1:], ahead=None), x)
     behind_act = step.gate is not None and step.act != "identity"
     if step.norm is not None and _together(step.norm, x, behind_act):
         plan = None if step.gate is None else ready(step.gate)
@@ -470,13 +468,13 @@ def forward(self: Any, x: Tensor) -> Tensor:
 
 
 class Joining(nn.Module):
-    """Base of the library's own parents that hand a gate to `joined`, where it isn't called unless something hangs on
-    it.
+    """Base of the library's own parents that hand gates to `joined` and `weighed`, where those aren't called unless
+    something hangs on them.
 
-    gate: the child's name, or None
+    joins: the gates' names
     """
 
-    gate: str | None
+    joins: tuple[str, ...]
 
 
 def joined(

@@ -59,7 +59,6 @@ class ExcitePlan(Plan):
         "slope", "usual",
     )  # fmt: skip
     fits_tail = True
-    yields = True
 
     def __init__(
         self,

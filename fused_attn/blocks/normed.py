@@ -17,6 +17,7 @@ a²·m2/S. Ioffe and Szegedy, arXiv:1502.03167, alg. 1; running statistics keep 
 n − 1, as PyTorch's do.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -143,7 +144,7 @@ def has_kernel(x: Tensor) -> bool:
     PyTorch's norm. A forced backend is taken at its word."""
     if backend.forced() != "auto":
         return True
-    first = backend.ORDER.get(x.device.type, ("eager",))[0]
+    first = backend.order(affine_apply, x)[0]
     return first != "eager" and not isinstance(backend.implementation(affine_apply, first), str)
 
 
@@ -208,7 +209,7 @@ class _Map:
 
     def __init__(self, norm: Norm, x: Tensor, excite: Callable[..., Tensor] | None = None) -> None:
         self.batch, self.eps, self.excite = norm.batch, norm.its["eps"], excite
-        self.acc, self.shape, self.size = accumulator(x.dtype), x.shape[:2], x[0, 0].numel()
+        self.acc, self.shape, self.size = accumulator(x.dtype), x.shape[:2], math.prod(x.shape[2:])
         self.group = together(norm) if self.batch else None
         self.memo: list[Tensor] = []
         weight, bias = norm.tensors()

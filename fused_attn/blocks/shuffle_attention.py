@@ -62,8 +62,10 @@ class ShufflePlan(Plan):
             residual, self.eps, epilogue, epilogue_slope,
         )  # fmt: skip
 
-    def behind(self) -> normed.Planes:
+    def behind(self) -> normed.Planes | None:
         own, norm, eps = self.parameters, self.norm, self.eps
+        if norm["weight"] is None or norm["bias"] is None:
+            return None
         weights = *(own[name] for name in ("cweight", "cbias", "sweight", "sbias")), norm["weight"], norm["bias"]
         k = weights[0].numel()
 

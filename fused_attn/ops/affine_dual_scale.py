@@ -178,12 +178,15 @@ def affine_dual_scale(
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         given = channel_moments(x)
         (scale, shift), kept = excite_.split(norm(given if moments else given[0], *norm_params))
-        u = affine_apply(x, scale, shift, given[0])
+        u, wide = affine_apply(x.to(accumulator(x.dtype)), scale, shift, given[0]), residual
+        if residual is not None:
+            wide = residual.to(u.dtype)
         out = dual_scale(
             u, channel_excite, spatial_excite, channel_params, spatial_params,
-            channel=channel, pool=pool, ties=ties, residual=residual, act=act, slope=slope,
+            channel=channel, pool=pool, ties=ties, residual=wide, act=act, slope=slope,
         )  # fmt: skip
         y, *more = out if isinstance(out, tuple) else (out,)
+        y = y.to(x.dtype)
         return (y, *kept, *more) if kept or more else y
     checks.feature_map("x", x)
     checks.one_of("channel", channel, ("mean", "max", "mean_max"))
@@ -191,6 +194,9 @@ def affine_dual_scale(
     checks.one_of("ties", ties, TIES)
     checks.one_of("act", act, activations.EPILOGUES)
     checks.like("residual", residual, "x", x)
+    # Backward finds the maxima again by comparing, so all its passes must round alike: on one backend, which a residual
+    # of another memory format would keep some of them from.
+    residual = residual if residual is None else match(residual, x)
     for excite, its in ((norm, norm_params), (channel_excite, channel_params), (spatial_excite, spatial_params)):
         excite_.check(excite, its)
     params = (*norm_params, *channel_params, *spatial_params)

@@ -222,8 +222,24 @@ def branch_moments_affine(
     checks.one_of("act", act, activations.EPILOGUES)
     excite_.check(excite, params)
     options = len(maps), merge, descriptor, act, slope
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *params))):
+        given, both, statistics = _described(excite, (*maps, *params), options, False)
+        y = branch_affine(x, both[0], both[1], mean_of(given), *more, merge, act, slope)
+        return (y, *statistics) if statistics else y
     y, *statistics = _Spanning.apply(excite, options, *maps, *params)
     return (y, *statistics) if statistics else y
+
+
+def _described(
+    excite: Callable[..., Any], tensors: tuple[Tensor, ...], options: tuple[int, str, str, str, float], recording: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """What excite gets, its scale and shift, and the statistics beside them."""
+    count, merge, descriptor, *_ = options
+    x, params = tensors[0], tensors[count:]
+    given = branch_moments(x, *tensors[1:count], *(None,) * (branches.MOST - count), merge)
+    given = given[0] if descriptor == "mean" else given
+    shape = 2, x.shape[0], count * x.shape[1]
+    return given, *excite_.run(excite, (given,), params, shape, "(2, N, B·C)", recording)
 
 
 class _Spanning(torch.autograd.Function):
@@ -233,13 +249,9 @@ class _Spanning(torch.autograd.Function):
     def forward(
         ctx: Any, excite: Callable[..., Any], options: tuple[int, str, str, str, float], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        count, merge, descriptor, act, slope = options
-        x, params = tensors[0], tensors[count:]
-        more = (*tensors[1:count], *(None,) * (branches.MOST - count))
-        given = branch_moments(x, *more, merge)
-        if descriptor == "mean":
-            given = given[0]
-        both, statistics = excite_.run(excite, (given,), params, (2, x.shape[0], count * x.shape[1]), "(2, N, B·C)")
+        count, merge, _, act, slope = options
+        x, more = tensors[0], (*tensors[1:count], *(None,) * (branches.MOST - count))
+        given, both, statistics = _described(excite, tensors, options, True)
         y = branch_affine(x, both[0], both[1], mean_of(given), *more, merge, act, slope)
         ctx.save_for_backward(both, given, *tensors)
         ctx.excite, ctx.options = excite, options

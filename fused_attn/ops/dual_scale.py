@@ -14,8 +14,9 @@ excites' gradients stand between three passes of backward, none of which writes 
     apply    dx = gate·h + dp_mean/S + dp_max at the maxima over s                      reads e (x), writes dx
 
 With a residual and an activation e is written, in x's dtype: for half-precision x what it says of the gates has that
-resolution, unless the activation only cuts (relu). The last pass needs x where ties are split, or where the activation
-has no residual before it. Checked in float64 against autograd for every pooling, tie rule and epilogue.
+resolution, unless the activation only cuts (relu). The last pass needs x where ties are split, where the activation
+has no residual before it, or where a norm's statistics are the batch's. Checked in float64 against autograd for every
+pooling, tie rule and epilogue.
 
 The passes also take `affine` (2, N, C), a centre and a shift of every plane: then gate·(x − centre) + shift stands for
 x·gate, and what they know of it is the affine map's: affine_dual_scale, a norm before the gates.

@@ -169,6 +169,11 @@ def moments_gate_shuffle(
     checks.like("residual", residual, "x", x)
     checks.one_of("act", act, activations.EPILOGUES)
     excite_.check(excite, params)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *params))):
+        given = channel_moments(x)
+        values, statistics = excite_.run(excite, (given,), params, (4, *x.shape[:2]), "(4, N, C)", False)
+        y = gate_shuffle(x, given[0], values, residual, k, act, slope)
+        return (y, *statistics) if statistics else y
     y, *statistics = _Spanning.apply(x, residual, excite, k, act, slope, *params)
     return (y, *statistics) if statistics else y
 

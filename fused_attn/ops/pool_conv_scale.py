@@ -126,6 +126,7 @@ def _reduces(x: Tensor, weight: Tensor, *rest: object) -> int:
     maps=("x", "residual"),
     budget=lambda x, *args: (3 if args[4] is not None else 2, 1),
     reduces=_reduces,
+    opens=True,
     cases=[
         *(
             case("bench", x=(n, c, s, s), weight=(1, 1, k))

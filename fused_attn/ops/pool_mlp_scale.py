@@ -121,6 +121,7 @@ _SE = dict(w1=(4, 32), b1=(4,), w2=(32, 4), b2=(32,))
     maps=("x", "residual"),
     budget=lambda x, *args: (3 if args[10] is not None else 2, 1),
     reduces=_reduces,
+    opens=True,
     cases=[
         *(
             case("bench", x=(n, c, s, s), w1=(c // 16, c), b1=(c // 16,), w2=(c, c // 16), b2=(c,))
