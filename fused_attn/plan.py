@@ -21,11 +21,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.nn.modules import module as _torch_module
 from torch.utils.hooks import RemovableHandle
+
+from .autograd import is_inference_compiled
+from .backend import is_free
 
 _PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 KEY = "_fused_attn_plan"  # where a module's __dict__ keeps its plan; never pickled, copied or part of the state_dict
@@ -41,6 +45,7 @@ _GLOBAL_HOOKS = tuple(
     )
 )
 PLAIN = frozenset({Parameter, Tensor})
+_EXACT = (torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # explain listens here to what ran unfused, and why.
@@ -205,7 +210,13 @@ def tampered(child: nn.Module | None) -> str | None:
     if child is None:
         return None
     attributes = vars(child)
-    if any(attributes.get(hooks) for hooks in _HOOKS):
+    # Read as attributes where this is traced: so a compiler, as for its own calls, looks now and never again.
+    hooks = (
+        (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
+        if is_dynamo_compiling()
+        else map(attributes.get, _HOOKS)
+    )
+    if any(hooks):
         return "has hooks"
     if any(_GLOBAL_HOOKS):
         return "is under a hook on all modules"
@@ -247,6 +258,18 @@ def ready(module: nn.Module) -> Plan | None:
     if is_dynamo_compiling():  # a plan isn't made in traced code
         return None
     return renew(module)
+
+
+def left_to_compiler(x: Any) -> bool:
+    """Whether a module's own equations do as well as its plan: in a program compiled without gradients, where the
+    plan's ops would be these equations too, and looking the plan over is what costs: each thing looked at is looked at
+    again on every call."""
+    return (
+        is_inference_compiled()
+        and is_free()
+        and isinstance(x, Tensor)
+        and (x.dtype in _EXACT or torch.is_autocast_enabled(x.device.type))  # half maps beside wide weights need the op
+    )
 
 
 def renew(module: nn.Module) -> Plan | None:

@@ -24,7 +24,20 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..ops import activations
-from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, rule_of, tampered, unfused
+from ..plan import (
+    Plan,
+    Planned,
+    Refused,
+    Rule,
+    activation,
+    fingerprint,
+    left_to_compiler,
+    path,
+    ready,
+    rule_of,
+    tampered,
+    unfused,
+)  # fmt: skip
 from . import normed
 
 # Modules that may stand between gate and add: idle ones, and DropPath, which is idle in evaluation and at rate 0.
@@ -418,6 +431,8 @@ def _weighed(gate: nn.Module, norm: normed.Norm, x: Any, act: str, slope: float 
 
 def forward(self: Any, x: Tensor) -> Tensor:
     """What a parent's forward becomes: the original's order, a norm with what follows it as one op."""
+    if left_to_compiler(x):
+        return self.original.forward(self, x)
     plan: TailPlan | None = ready(self)  # type: ignore[assignment]
     if plan is None or (type(x) is not Tensor and _extracting(x)):
         return self.original.forward(self, x)

@@ -21,7 +21,19 @@ from torch import Tensor, nn
 
 from ..ops import activations, pool_conv_scale
 from ..ops.pool_conv_scale import ACTS, GATES, logits
-from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, renew, vars_of
+from ..plan import (
+    Plan,
+    Planned,
+    Refused,
+    Rule,
+    activation,
+    left_to_compiler,
+    path,
+    ready,
+    register,
+    renew,
+    vars_of,
+)  # fmt: skip
 from ..registry import Block, case
 from .se_rules import gate_forward
 from .squeeze_excite import _activation
@@ -201,7 +213,7 @@ class ECA(Planned):
         residual, epilogue, epilogue_slope: what follows the gate, in the same pass, as in `pool_conv_scale`
         Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
         """
-        plan = ready(self)
+        plan = None if left_to_compiler(x) else ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)
         y = x * self.excite(x.flatten(2).mean(-1)).reshape(x.shape[:2] + (1,) * (x.dim() - 2))

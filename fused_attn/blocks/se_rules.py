@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import channel_pool, pool_scale
-from ..plan import Plan, Refused, Rule, ready, register, unfused
+from ..plan import Plan, Refused, Rule, left_to_compiler, ready, register, unfused
 from .excite_plan import ExcitePlan, Given
 
 
 def gate_forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign gate's forward becomes. What isn't a batch of maps is left to its own, which may raise or not."""
+    if left_to_compiler(x):
+        return self.original.forward(self, x)
     plan: Any = ready(self)
     if plan is None or (isinstance(x, Tensor) and x.dim() != plan.dim):
         return self.original.forward(self, x)
