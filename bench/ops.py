@@ -217,5 +217,5 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(summary(rows))
     session.failures(rows)
     if found:
-        print(f"\n{floor_table(found)}")
+        print(f"\n{floor_table(found, 1 + max(r.run for r in rows))}")
     return 0 if all(f.met for f in found) else 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import labels, measure, ops, qualify, report, subjects, support
+from bench import labels, measure, ops, qualify, report, subjects, support, tables
 from bench.measure import Candidate, Row, Timing
 from fused_attn import backend
 from fused_attn.registry import OPS, case
@@ -225,6 +225,73 @@ def test_report_of_mechanisms(tmp_path):
     assert "| speed-up over eager | mode | 32x14x14 | 64x7x7 | N=8, bfloat16, nchw | N=1, float32, nchw |" in text
     assert "| CBAM | forward | 2.00 | 2.00 | 3.00 | 4.00 | 1.50 |" in text
     assert "9.00" not in text
+
+
+SOURCE = {
+    "device": "cpu", "device_name": "A CPU", "torch": "2", "threads": 1, "clock": "CPU time", "simd": "AVX2",
+    "git": "0123456789abcdef", "git_changed": False, "time": "2026-01-02",
+}  # fmt: skip
+
+
+def write_result(folder, name, kind, command, rows, **more):
+    content = {"schema": 1, "kind": kind, "provenance": SOURCE | {"command": command} | more}
+    (folder / "a-cpu").mkdir(exist_ok=True)
+    (folder / "a-cpu" / name).write_text(json.dumps(content | {"rows": [r.dict() for r in rows]}))
+
+
+def cbam(eager, dtype="float32", inductor=None):
+    base = Row("CBAM", "8x64x7x7", "forward", dtype, "nchw", "cpu", "fused", "cpp", "", median_us=10.0)
+    rows = [base, dataclasses.replace(base, impl="eager", median_us=eager)]
+    return rows + ([dataclasses.replace(base, impl="inductor", median_us=inductor)] if inductor else [])
+
+
+def test_a_rerun_wins_over_an_older_file_of_another_command(tmp_path):
+    write_result(tmp_path, "blocks-1.json", "blocks", "a", cbam(90.0))
+    write_result(tmp_path, "blocks-2.json", "blocks", "b", cbam(50.0))
+    write_result(tmp_path, "blocks-3.json", "blocks", "a", cbam(20.0))
+    assert "| CBAM | forward | 2.00 |" in report.measured(tmp_path)
+    assert [c["path"] for c in tables.newest(tmp_path)["a-cpu", "blocks"]] == [
+        "a-cpu/blocks-2.json", "a-cpu/blocks-3.json",
+    ]  # fmt: skip
+
+
+def test_inductor_of_two_dtypes(tmp_path):
+    """One case in two dtypes is two measurements."""
+    write_result(tmp_path, "blocks-1.json", "blocks", "a", cbam(20.0, inductor=15.0) + cbam(30.0, "bfloat16", 40.0))
+    assert "| CBAM | forward | 2.00 | 3.00 | 1.50 – 4.00 |" in report.measured(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ops", "qualify-kernels", "blocks"])
+@pytest.mark.parametrize("part", ["--quick", "--match '^scale x'", "--match=scale"])
+def test_a_part_never_replaces_the_whole(tmp_path, kind, part):
+    paths = lambda: [c["path"][len("a-cpu/") :] for c in tables.newest(tmp_path)["a-cpu", kind]]
+    write_result(tmp_path, "1.json", kind, f"python -m bench {part}", cbam(20.0))
+    assert paths() == ["1.json"]  # better than nothing
+    write_result(tmp_path, "2.json", kind, "python -m bench", cbam(30.0))
+    assert paths() == ["2.json"]
+    write_result(tmp_path, "3.json", kind, f"python -m bench {part} --seconds 1", cbam(40.0))
+    assert paths() == ["2.json"]
+    write_result(tmp_path, "4.json", kind, "python -m bench", cbam(50.0))
+    assert paths() == ["4.json"]
+
+
+def test_a_busy_machine_is_said(tmp_path):
+    calm, disturbed = {"wall_over_cpu": 1.02, "load_average": 0.1}, {"wall_over_cpu": 1.372, "load_average": 3.0}
+    write_result(tmp_path, "blocks-1.json", "blocks", "a", cbam(20.0), probe=calm, probe_after=calm)
+    assert "busy" not in report.measured(tmp_path)
+    write_result(tmp_path, "blocks-2.json", "blocks", "a", cbam(20.0), probe=calm, probe_after=disturbed)
+    assert "busy: wall ÷ CPU 1.37; `a`" in report.measured(tmp_path)
+
+
+def test_floors_say_of_how_many_runs_they_are_the_best(tmp_path):
+    folder = tmp_path / "a-cpu"
+    folder.mkdir()
+    rows = [r for run in range(3) for r in synthetic(2.0, run)]
+    content = {"schema": 1, "kind": "ops", "provenance": SOURCE | {"command": "c"}, "rows": [r.dict() for r in rows]}
+    content["floors"] = [f._asdict() for f in ops.floors(rows)]
+    (folder / "floors-1.json").write_text(json.dumps(content))
+    assert "speed-up | best of 3 runs | floor |" in report.measured(tmp_path)
+    assert "best of 3 runs" in ops.floor_table(ops.floors(rows), 3)
 
 
 def test_qualify_says_that_there_is_no_gpu(capsys, monkeypatch):
