@@ -81,8 +81,9 @@ class Job:
         weights = lambda f: list(f.parameters()) if isinstance(f, nn.Module) else []
         # What a layer doesn't use in this call (convolutions that were taken out) has no gradient, and wants none.
         used = lambda f: [p for p in weights(f) if not getattr(p, "_unused", False)]
+        forced = lambda name: self.backend if name.startswith("fused") else None
         subject = lambda name, f, source: Subject(
-            name, source, f, sets, [[*each, *used(f)] for each in sets], self.backend if name == "fused" else None
+            name, source, f, sets, [[*each, *used(f)] for each in sets], forced(name)
         )
         with torch.enable_grad():
             for function in functions:
@@ -128,8 +129,7 @@ class Job:
             small = self.small()
         except Exception as error:
             return [replace(base, error=f"{type(error).__name__}: {error}")]
-        passes = figures.traffic(candidates[0], y.nbytes)
-        found = figures.rows(base, subjects, candidates, seconds, y.nbytes, passes, small)
+        found = figures.rows(base, subjects, candidates, seconds, y.nbytes, small=small)
         torch._dynamo.reset()
         return found
 

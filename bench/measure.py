@@ -12,6 +12,7 @@ import datetime as dt
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -253,7 +254,7 @@ def provenance(device: str, command: Sequence[str]) -> dict[str, Any]:
         triton_version = None
     changed = _git("status", "--porcelain", "--untracked-files=no")
     found: dict[str, Any] = {
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "time": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "git": _git("rev-parse", "HEAD"),
         "git_changed": None if changed is None else bool(changed),

@@ -142,9 +142,8 @@ class Job:
         subjects = self.subjects()
         candidates = self.candidates(subjects)
         size = self.sets[0][0].nbytes
-        passes = figures.traffic(candidates[0], size, self.op, self.mode)
         base = Row(self.op.name, self.label, self.mode, self.dtype, self.layout, self.device, "", "", "", run=number)
-        return figures.rows(base, subjects, candidates, seconds, size, passes, self.small())
+        return figures.rows(base, subjects, candidates, seconds, size, self.op, self.small())
 
 
 def fused_module(op: Op, args: tuple[Any, ...]) -> nn.Module | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import labels, measure, ops, qualify, report, subjects, support, tables
+from bench import blocks, labels, measure, ops, qualify, report, subjects, support, tables
+from bench.contests import CONTESTS, TAIL, WITHOUT
 from bench.measure import Candidate, Row, Timing
 from fused_attn import backend
 from fused_attn.registry import OPS, case
@@ -47,6 +49,30 @@ def test_bytes_are_those_counted_by_hand(name, c, mode, passes):
     assert rows["fused"].bytes == passes * x_bytes
     assert rows["clone"].bytes == 2 * x_bytes
     assert rows["fused"].gbps == pytest.approx(passes * x_bytes / rows["fused"].median_us / 1e3, rel=0.01)
+
+
+def test_every_form_has_its_own_backend():
+    if (why := backend.extension()) is not None:
+        pytest.skip(why)
+    job = ops.Job(OPS["scale"], case(x=(2, 8, 6, 6), gate=(2, 8)), baselines=(), backends=("cpp", "eager"))
+    assert {r.impl: r.backend for r in job.run(0.01)} == {"fused:cpp": "cpp", "fused:eager": "eager"}
+
+
+def test_every_form_has_its_own_passes():
+    """The tail with its gate reads what the one without needn't, and both run where they are told to."""
+    job = blocks.Job(CONTESTS[TAIL], 2, 32, 8, "float32", "nchw", "forward", "cpu", (), "eager")
+    by = {r.impl: r for r in job.run(0.02, 0)}
+    assert {r.backend for r in by.values()} == {"eager"}
+    assert by[WITHOUT].passes is not None
+    assert by[WITHOUT].passes < by["fused"].passes
+    for r in by.values():
+        assert r.bytes == r.passes * 4 * 2 * 32 * 8 * 8
+        assert r.gbps == pytest.approx(r.bytes / r.median_us / 1e3, rel=0.01)
+
+
+def test_recorded_commands_can_be_typed():
+    words = ["python", "-m", "bench", "blocks", "--block", "BAM merge", "--match", "^a|b$"]
+    assert shlex.split(measure.provenance("cpu", words)["command"]) == words
 
 
 def test_original_module_is_the_baseline():
