@@ -175,6 +175,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs `python -m bench blocks`."""
+    session.refuse_ignored(options, "shape", "shapes", "batch", "mode", "dtype", "layout", "backend")
     selected = jobs(options)
     if not selected:
         measure.log("nothing matches the selection")

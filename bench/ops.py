@@ -204,6 +204,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs `python -m bench ops`."""
+    session.refuse_ignored(options, "op", "case", "shapes", "mode", "dtype", "layout")
     selected = jobs(options)
     if not selected:
         measure.log("no case matches the selection")

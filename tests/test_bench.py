@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import blocks, labels, measure, ops, qualify, report, subjects, support, tables
+from bench import blocks, labels, measure, memory, ops, qualify, report, subjects, support, tables
 from bench.contests import CONTESTS, TAIL, WITHOUT
 from bench.measure import Candidate, Row, Timing
 from fused_attn import backend
@@ -403,6 +403,48 @@ def test_ops_command_writes_json_without_paths(tmp_path, capsys):
     assert str(tmp_path) not in text
     assert str(support.ROOT) not in text
     assert "vs eager" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("ops --batch 8", "--batch is the N of --shapes"),
+        ("ops --check-floors --op scale --case 8x", "without it: --op, --case"),
+        ("ops --check-floors --shapes resnet50 --batch 8", "without it: --shapes"),
+        ("blocks --check-floors --shape 512x28 --dtype bfloat16", "without it: --shape, --dtype"),
+        ("blocks --check-floors --batch 1 --backend eager", "without it: --batch, --backend"),
+    ],
+)
+def test_no_option_is_ignored(monkeypatch, capsys, arguments, said):
+    for module in (ops, blocks):
+        monkeypatch.setattr(module, "jobs", lambda options: [])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(arguments.split())
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["ops --shapes resnet50 --batch 8", "ops --check-floors --baseline eager", "blocks --check-floors --block SGE",
+     "blocks --batch 1 --quick"],
+)  # fmt: skip
+def test_options_that_do_something(monkeypatch, capsys, arguments):
+    for module in (ops, blocks):
+        monkeypatch.setattr(module, "jobs", lambda options: [])
+    assert bench.main(arguments.split()) == 2
+    assert "matches the selection" in capsys.readouterr().err
+
+
+def test_memory_says_how_it_was_measured(tmp_path, monkeypatch):
+    """In other processes, on one thread, which give back what they free."""
+    torch.set_num_threads(2)
+    monkeypatch.setattr(memory, "alone", lambda command: {"saved": 1.0, "peak": 2.0})
+    monkeypatch.setattr(measure, "pin_heap", lambda: True)
+    assert bench.main(["memory", "--device", "cpu", "--network", "seresnet50", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/memory-*.json")
+    source = json.loads(path.read_text())["provenance"]
+    assert (source["threads"], source["heap_pinned"]) == (1, False)
 
 
 def test_redrawn_gates_matter():

@@ -1,6 +1,7 @@
 """`qualify` without a GPU: everything but the device's own calls, on the CPU and with a fake sanitizer."""
 
 import json
+import re
 import sys
 from contextlib import nullcontext
 
@@ -89,6 +90,25 @@ def test_what_needs_a_gpu_says_so(name):
     (item,) = [i for i in qualify.items_of("correctness", "cpu", "") if i.name == name]
     with pytest.raises(trials.NotRun, match="needs a GPU"):
         item.run()
+
+
+def test_mechanisms_come_at_one_shape_before_the_next():
+    """Where time runs out, every one of them has been timed once."""
+    names = [i.name for i in qualify.items_of("kernels", "cuda", "")]
+    at = [n for n in names if re.search(r" 64x\d+x(\d+)x\1 forward\+backward", n) and not n.startswith("pool_mlp")]
+    at = [n for n in at if any(n.startswith(f"{c} 64x") for c in CONTESTS)][: len(CONTESTS)]
+    assert len({n[n.index(" 64x") :] for n in at}) == 1
+    assert len(at) == len(CONTESTS)
+
+
+def test_the_dispatch_table_gets_its_eager_rows(monkeypatch):
+    """Every op is timed on eager as well: without that there is nothing to choose from."""
+    made = []
+    monkeypatch.setattr(trial_speed.Job, "run", lambda self, seconds: made.append(self.backends) or [])
+    monkeypatch.setattr(trial_speed, "backends_of", lambda device: ("triton",))
+    for item in qualify.items_of("kernels", "cuda", "^(scale|pool_mlp_scale) .*forward$"):
+        item.run()
+    assert set(made) == {("triton", "eager")}
 
 
 FAKE = """#!{python}

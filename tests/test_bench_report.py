@@ -107,8 +107,10 @@ def test_no_result_no_picture(tmp_path):
 
 
 def gpu_rows(triton, eager, case="8x256x56x56"):
+    """`eager` is the op on that backend; beside it what users have, which is no backend, however fast it is."""
     base = ("scale", case, "forward", "float32", "nchw", "cuda")
-    return [Row(*base, f"fused:{b}", b, "", median_us=us) for b, us in (("triton", triton), ("eager", eager))]
+    plain = [Row(*base, impl, "", "", median_us=0.1) for impl in ("eager", "triton", "fused module:eager")]
+    return [Row(*base, f"fused:{b}", b, "", median_us=us) for b, us in (("triton", triton), ("eager", eager))] + plain
 
 
 def test_dispatch_table_of_no_gpu_is_empty(results):
