@@ -76,7 +76,9 @@ def peak_bytes(candidate: Candidate, device: str) -> int:
 
 def replay_us(candidate: Candidate, device: str) -> float | None:
     """Microseconds of a call as a CUDA graph: what a launch-bound shape costs without its host. None elsewhere, or
-    where it can't be captured."""
+    where it can't be captured.
+
+    A graph has one set of buffers: unlike every other time of a GPU's, this is with a warm L2 cache."""
     if device != "cuda":
         return None
     try:

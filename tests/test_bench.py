@@ -108,6 +108,38 @@ def test_short_calls_are_timed_in_bundles():
     assert timing.median_us < 50
 
 
+def test_gpu_calls_find_a_cold_cache(monkeypatch):
+    """No call has the buffers of the one before it, nor of any that the L2 cache still holds."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure, "_cuda_sample", lambda c, turn, *_: order.append(turn % 5) or (1e-5, 1e-5))
+    candidates = [Candidate(name, [lambda: None] * 5) for name in "abc"]
+    measure.interleave(candidates, 0.0, "cuda", (10, 10))
+    assert len(order) == 30
+    assert all(len(set(order[i : i + 5])) == 5 for i in range(26))
+
+
+@pytest.mark.parametrize(("host", "slept"), [(0.0, 1e-3), (0.01, 0.02), (0.06, 0.05)])
+def test_a_gpu_sleeps_while_the_host_queues(monkeypatch, host, slept):
+    cycles = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        record = synchronize = lambda self: None
+        elapsed_time = lambda self, other: 0.5
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    (timing,) = measure.interleave([Candidate("it", [lambda: time.sleep(host)])], 0.0, "cuda", (2, 2)).values()
+    assert timing.median_us == 500.0
+    assert timing.wall_us >= host * 1e6  # the host's own
+    assert cycles[0] / measure._CYCLES == pytest.approx(slept, rel=0.3)
+    assert len(cycles) == 2
+
+
 HEAP = """
 import resource, sys, torch
 from bench import measure
