@@ -302,7 +302,16 @@ def provenance(device: str, command: Sequence[str]) -> dict[str, Any]:
 
 def driver() -> str | None:
     """The driver's version, the clocks and the power limit as they are now."""
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+    return _smi("driver_version,clocks.sm,clocks.mem,power.limit")
+
+
+def clocks() -> str | None:
+    """The clocks, the temperature and the power that is drawn, as they are now."""
+    return _smi("clocks.sm,clocks.mem,temperature.gpu,power.draw")
+
+
+def _smi(what: str) -> str | None:
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

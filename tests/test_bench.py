@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import blocks, labels, measure, memory, ops, qualify, report, subjects, support, tables
+from bench import blocks, labels, measure, memory, ops, qualify, report, subjects, support, tables, trials
 from bench.contests import CONTESTS, TAIL, WITHOUT
 from bench.measure import Candidate, Row, Timing
 from fused_attn import backend
@@ -374,11 +374,19 @@ def test_qualify_runs_items_in_workers(tmp_path, capsys):
 
 
 def test_qualify_times_kernels(tmp_path):
-    match = r"^scale .*nchw forward$"
-    assert bench.main(["qualify", "--device", "cpu", "--only", "kernels", "--match", match, "--minutes", "0.3",
-                       "--out", str(tmp_path)]) in (0, 1)  # fmt: skip
+    match = r"^scale 8x512x28x28 bfloat16 nchw forward$"
+    arguments = ["qualify", "--device", "cpu", "--only", "kernels", "--match", match, "--minutes", "3"]
+    assert bench.main([*arguments, "--out", str(tmp_path)]) == 0
     content = json.loads(next(tmp_path.glob("*/kernels-*.json")).read_text())
-    assert len(content["items"]) == len(labels.bench_cases(ops.OPS["scale"]))
+    assert content["finished"]
+    assert content["counts"] == {"passed": 1}
+    assert content["provenance"]["copy_gbps"] > 0
+    assert content["provenance"]["threads"] == 1
+    by = {r["impl"]: r for r in content["rows"]}
+    ours = {f"fused:{b}" for b in (*trials.backends_of("cpu"), "eager")}
+    assert set(by) >= ours | {"eager", "clone"}
+    assert all(by[impl]["median_us"] > 0 and by[impl]["error"] is None for impl in ours | {"eager", "clone"})
+    assert all(by[impl]["backend"] == impl[len("fused:") :] for impl in ours)
 
 
 def test_a_dying_worker_costs_one_item(tmp_path, monkeypatch):
