@@ -191,8 +191,5 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         show = lambda v: "–" if v is None else f"{v:.2f}"
         lines = [[f.name, show(f.floor), show(f.target), show(f.measured), "met" if f.met else "MISSED"] for f in found]
         per = best_of(1 + max(r.run for r in rows))
-        print(
-            "\n"
-            + table(["float32, 8x512x28x28 (tails: all shapes), speed-up", "floor", "target", per, ""], lines)
-        )
+        print("\n" + table(["float32, 8x512x28x28 (tails: all shapes), speed-up", "floor", "target", per, ""], lines))
     return int(failed or not all(f.met for f in found))

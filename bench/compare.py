@@ -98,7 +98,9 @@ def parser(add: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("before", type=Path, metavar="A", help="JSON of a result")
     p.add_argument("after", type=Path, metavar="B", help="another, later one")
-    p.add_argument("--fail-if-slower", type=per_cent, metavar="5%", help="status 1 where a row is slower by more, or ours failed")
+    p.add_argument(
+        "--fail-if-slower", type=per_cent, metavar="5%", help="status 1 where a row is slower by more, or ours failed"
+    )
     p.add_argument("--against", help="the reference (default: eager, else clone, else plain)")
     p.add_argument("--impl", default="", help="only rows whose implementation's name contains this, such as fused")
     p.add_argument("--absolute", action="store_true", help="compare times: right only on one idle machine")

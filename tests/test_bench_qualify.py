@@ -187,7 +187,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no
 
 
 @needs_proc
-@pytest.mark.parametrize("how", [DIRECT, APART])
+@pytest.mark.parametrize("how", [DIRECT, APART], ids=["its own child", "in a session of its own"])
 def test_what_a_worker_started_ends_with_it(tmp_path, how):
     """Its own children, and what an item runs in a session of its own, such as the sanitizer."""
     path = tmp_path / "number"
@@ -218,7 +218,9 @@ def given(tmp_path, *more):
 ROW = models.Row("scale", "1x1x1x1", "forward", "float32", "nchw", "cpu", "fused:cpp", "cpp", "", median_us=1.0)
 
 
-@pytest.mark.parametrize(("raised", "status"), [(RuntimeError("CUDA error"), 0), (KeyboardInterrupt(), qualify.STOPPED)])
+@pytest.mark.parametrize(
+    ("raised", "status"), [(RuntimeError("CUDA error"), 0), (KeyboardInterrupt(), qualify.STOPPED)]
+)
 def test_figures_that_fail_take_nothing_away(tmp_path, monkeypatch, raised, status):
     """What was measured is on disk before the device is asked for more."""
 
