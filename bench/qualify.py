@@ -171,12 +171,12 @@ def drive(
         command = [sys.executable, "-m", "bench", "qualify", "--only", part, "--device", device, "--match", match]
         command += ["--worker", f"{number}/{min(workers, len(names))}", "--log", str(log)]
         crew.append(Worker(command + (["--prepare"] if prepare else []), log))
-    for w in crew:
-        w.start()
     bar, seen = progress(range(len(names)), f"{part}{' (compiling)' if prepare else ''}", len(names)), 0
     read = lambda: [e for w in crew for e in _entries(w.log) if e["status"] != "begun"]
     why = "the time was up"
     try:
+        for w in crew:
+            w.start()
         while not all(w.done for w in crew) and time.monotonic() < deadline:
             time.sleep(0.1 if device == "cpu" else 0.5)
             for w in crew:
@@ -187,8 +187,9 @@ def drive(
             seen = count
     except KeyboardInterrupt:
         why = INTERRUPTED
-    for w in crew:
-        w.stop()
+    finally:  # they have sessions of their own: nobody else ends them
+        for w in crew:
+            w.stop()
     bar.close()
     by = {e["name"]: e for e in read()}
     missing = {"status": "not run", "reason": why}
@@ -312,7 +313,8 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.resume and not options.only:
         print("bench qualify: --resume takes --only, the part that the file is of")
         return 2
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops it lets it write what it has
+    # What stops it lets it write what it has, and its workers, which a terminal doesn't reach, end with it.
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
         worst = 0
         for part in [options.only] if options.only else list(PARTS):
@@ -322,4 +324,5 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 break
         return worst
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -201,6 +201,24 @@ def test_what_a_worker_started_ends_with_it(tmp_path, how):
     assert gone(pid)
 
 
+def test_no_worker_outlives_its_driver(tmp_path, monkeypatch):
+    """Not where the driver itself fails, either."""
+    started, start = [], qualify.Worker.start
+
+    def fail(self):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(qualify.Worker, "start", lambda self: started.append(self) or start(self))
+    monkeypatch.setattr(qualify.Worker, "look", fail)
+    with pytest.raises(OSError, match="no space"):
+        qualify.drive("correctness", "cpu", "^scale 2x3x7x7", 1, time.monotonic() + 60, tmp_path)
+    (worker,) = started
+    try:
+        assert worker.process.poll() is not None
+    finally:
+        worker.stop()
+
+
 @needs_proc
 def test_a_command_that_takes_too_long(tmp_path):
     path = tmp_path / "number"
