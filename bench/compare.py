@@ -22,7 +22,8 @@ Key = tuple[str, ...]
 
 
 class Change(NamedTuple):
-    """One row of both files. before, after: its time in units of the reference's, or microseconds."""
+    """One row of both files. key: its case, its implementation, and the reference's; before, after: its time in units
+    of the reference's, or microseconds."""
 
     key: Key
     before: float
@@ -46,7 +47,8 @@ def read(path: Path) -> list[Row]:
 def relative(rows: Sequence[Row], against: str | None, absolute: bool = False) -> dict[Key, float]:
     """Every row's time in units of its reference's: the median over the runs. Rows without one are left out.
 
-    against: the reference; None: the first of `REFERENCES` that stands beside a row
+    against: the reference; None: the first of `REFERENCES` that stands beside a row. Its name ends the key: a ratio to
+    eager isn't compared with one to x.clone()
     """
     groups: dict[Key, dict[int, dict[str, float]]] = {}
     for r in rows:
@@ -58,9 +60,9 @@ def relative(rows: Sequence[Row], against: str | None, absolute: bool = False) -
             name = against or next((n for n in REFERENCES if n in times), None)
             for impl, us in times.items():
                 if absolute:
-                    found.setdefault((*where, impl), []).append(us)
-                elif name in times and impl not in REFERENCES:
-                    found.setdefault((*where, impl), []).append(us / times[name])
+                    found.setdefault((*where, impl, "µs"), []).append(us)
+                elif name is not None and name in times and impl not in REFERENCES:
+                    found.setdefault((*where, impl, name), []).append(us / times[name])
     return {key: median(values) for key, values in found.items()}
 
 
@@ -68,6 +70,13 @@ def changes(a: Mapping[Key, float], b: Mapping[Key, float]) -> list[Change]:
     """What is in both, worst first."""
     found = [Change(key, a[key], b[key]) for key in a if key in b]
     return sorted(found, key=lambda c: -c.slower)
+
+
+def broken(a: Sequence[Row], b: Sequence[Row]) -> dict[Key, str]:
+    """Ours that were timed in `a` and failed in `b`: the key, without a reference, and the error."""
+    key = lambda r: (r.op, r.case, r.mode, r.dtype, r.layout, r.impl)
+    timed = {key(r) for r in a if r.median_us and "fused" in r.impl}
+    return {key(r): r.error or "no time" for r in b if not r.median_us and key(r) in timed}
 
 
 def per_cent(text: str) -> float:
@@ -89,7 +98,9 @@ def parser(add: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("before", type=Path, metavar="A", help="JSON of a result")
     p.add_argument("after", type=Path, metavar="B", help="another, later one")
-    p.add_argument("--fail-if-slower", type=per_cent, metavar="5%", help="status 1 where a row is slower by more")
+    p.add_argument(
+        "--fail-if-slower", type=per_cent, metavar="5%", help="status 1 where a row is slower by more, or ours failed"
+    )
     p.add_argument("--against", help="the reference (default: eager, else clone, else plain)")
     p.add_argument("--impl", default="", help="only rows whose implementation's name contains this, such as fused")
     p.add_argument("--absolute", action="store_true", help="compare times: right only on one idle machine")
@@ -99,22 +110,27 @@ def parser(add: Any) -> argparse.ArgumentParser:
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs `python -m bench compare`."""
     try:
-        sides = [relative(read(p), options.against, options.absolute) for p in (options.before, options.after)]
+        rows = [read(p) for p in (options.before, options.after)]
     except (OSError, ValueError) as error:
         log(str(error))
         return 2
-    found = [c for c in changes(*sides) if options.impl in c.key[-1]]
+    sides = [relative(r, options.against, options.absolute) for r in rows]
+    found = [c for c in changes(*sides) if options.impl in c.key[-2]]
+    failed = {key: error for key, error in broken(*rows).items() if options.impl in key[-1]}
+    for key, error in failed.items():
+        print(f"failed in B: {' '.join(key)}: {error}")
+    limit = options.fail_if_slower
     if not found:
+        if failed and limit is not None:
+            return 1
         log("the two results have no row in common that has a reference")
         return 2
-    unit = "µs" if options.absolute else f"÷ {options.against or 'reference'}"
     lines = [[*c.key, f"{c.before:.3g}", f"{c.after:.3g}", f"{c.slower:+.1f} %"] for c in found]
-    head = ["op", "case", "mode", "dtype", "layout", "implementation", f"A {unit}", f"B {unit}", "slower by"]
-    print(table(head, lines, right=6))
+    head = ["op", "case", "mode", "dtype", "layout", "implementation", "in units of", "A", "B", "slower by"]
+    print(table(head, lines, right=7))
     alone = [sum(key not in other for key in own) for own, other in (sides, sides[::-1])]
     print(f"\n{len(found)} rows in both; {alone[0]} only in A, {alone[1]} only in B")
-    limit = options.fail_if_slower
     worse = [] if limit is None else [c for c in found if c.slower > limit]
     if worse:
         print(f"{len(worse)} slower by more than {limit:g} %: {', '.join(' '.join(c.key) for c in worse[:5])}")
-    return int(bool(worse))
+    return int(bool(worse or (failed and limit is not None)))

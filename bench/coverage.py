@@ -27,7 +27,7 @@ from fused_attn import BLOCKS, fuse_
 from fused_attn.convert import known
 from fused_attn.plan import Fused
 
-from .measure import log, provenance
+from .measure import command_line, log, provenance
 from .support import ROOT, importable, progress, write_json
 
 RESULT = ROOT / "bench" / "results" / "coverage.json"
@@ -291,7 +291,7 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     found, rows = scan(libraries)
     content: dict[str, Any] = {
         "kind": "coverage",
-        "provenance": provenance("cpu", ["python", "-m", "bench", *arguments]),
+        "provenance": provenance("cpu", command_line("bench", arguments)),
         "libraries": {name: asdict(library) for name, library in found.items()},
         "rows": [asdict(row) for row in rows],
     }

@@ -41,8 +41,8 @@ def times(results: Path) -> dict[Key, dict[tuple[str, ...], dict[str, float]]]:
         if source["device"] != "cuda" or content["kind"] not in ("ops", "qualify-kernels"):
             continue
         for r in (Row(**r) for r in content["rows"]):
-            name = r.impl.removeprefix("fused:")
-            if r.op not in OPS or not r.median_us or name not in backend.BACKENDS[1:]:
+            form, _, name = r.impl.partition(":")  # `eager` alone is what users have, not the op on that backend
+            if r.op not in OPS or not r.median_us or form != "fused" or name not in backend.BACKENDS[1:]:
                 continue
             shape = [int(d) for d in r.case.split()[0].split("x")]
             x = torch.empty(shape, dtype=DTYPES[r.dtype], device="meta")

@@ -76,7 +76,9 @@ def peak_bytes(candidate: Candidate, device: str) -> int:
 
 def replay_us(candidate: Candidate, device: str) -> float | None:
     """Microseconds of a call as a CUDA graph: what a launch-bound shape costs without its host. None elsewhere, or
-    where it can't be captured."""
+    where it can't be captured.
+
+    A graph has one set of buffers: unlike every other time of a GPU's, this is with a warm L2 cache."""
     if device != "cuda":
         return None
     try:
@@ -142,12 +144,12 @@ def traffic(candidate: Candidate, size: int, op: Op | None = None, mode: str = "
 
 def rows(
     base: Row, subjects: Sequence[Subject], candidates: Sequence[Candidate], seconds: float, size: int,
-    passes: tuple[float, str], small: Sequence[Candidate] = (),
+    op: Op | None = None, small: Sequence[Candidate] = (),
 ) -> list[Row]:  # fmt: skip
     """Times the candidates, interleaved, and says everything that is to be said of them.
 
-    base: what all rows have in common; size: bytes of the map that passes are counted in; passes: those of the first
-    subject, and its backends; small: candidates of the same names on small maps
+    base: what all rows have in common; size: bytes of the map that passes are counted in; op: the one that is called,
+    where it is an op; small: candidates of the same names on small maps
     """
     device = base.device
     timings = measure.interleave(candidates, seconds, device)
@@ -155,16 +157,16 @@ def rows(
     hosts = host_us(small, device) if small else {}
     for s, c in zip(subjects, candidates, strict=True):
         ours = s.name.startswith("fused")
-        row = replace(base, impl=s.name, source=s.source, backend=passes[1] if ours else "")
+        row = replace(base, impl=s.name, source=s.source)
         timing = timings[s.name]
         if isinstance(timing, str):
             found.append(replace(row, error=timing))
             continue
-        own = 2.0 if s.name == "clone" else passes[0] if ours and "without" not in s.name else None
-        moved = None if not own else round(own * size)
+        passes, backends = traffic(c, size, op, base.mode) if ours else (2.0 if s.name == "clone" else 0.0, "")
+        moved = round(passes * size) if passes else None
         gbps = None if moved is None else float(f"{moved / timing.median_us / 1e3:.4g}")
         row = replace(
-            row, **vars(timing), passes=own, bytes=moved, gbps=gbps,
+            row, **vars(timing), backend=backends, passes=passes or None, bytes=moved, gbps=gbps,
             of_clone=round(timing.median_us / clone.median_us, 3) if isinstance(clone, Timing) else None,
             of_copy=None if gbps is None else round(gbps / copy_gbps(device), 3),
             host_us=hosts.get(s.name), graph_us=replay_us(c, device) if ours else None,

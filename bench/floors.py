@@ -78,11 +78,16 @@ def floors(rows: Sequence[Row]) -> list[Floor]:
     return found
 
 
-def floor_table(found: Sequence[Floor]) -> str:
-    """The speed table, to be read."""
+def best_of(runs: int) -> str:
+    """What a column of floors says of what was measured."""
+    return f"best of {runs} runs" if runs > 1 else "measured"
+
+
+def floor_table(found: Sequence[Floor], runs: int = 1) -> str:
+    """The speed table of so many runs, to be read."""
     show = lambda v: "–" if v is None else f"{v:.2f}"
     rows = [
         [f.name, show(f.floor), show(f.target), show(f.measured), "met" if f.met else "MISSED", f.detail] for f in found
     ]
-    head = ["SE, float32 NCHW, speed-up", "floor", "target", "measured", ""]
+    head = ["SE, float32 NCHW, speed-up", "floor", "target", best_of(runs), ""]
     return table(head, [r[:5] for r in rows]) + "\n\n" + "\n".join(f"{r[0]}: {r[5]}" for r in rows)

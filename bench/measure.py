@@ -3,7 +3,8 @@
 CPU: one thread, process CPU time (what a busy neighbour takes isn't counted), the heap pinned: glibc hands large
 freed buffers back to the kernel, and faulting them in again costs several times what a copy of them does.
 GPU: CUDA events around a call that was queued behind a sleeping kernel, so that host time isn't counted, on buffers
-that rotate through more than the L2 cache.
+that rotate through more than the L2 cache: the next call, whoever makes it, finds none of its own there. A replay of a
+CUDA graph has the one set of buffers that it was captured with: it is warm.
 Everywhere: all candidates in one process, turn by turn, on the same random data; median, 20th and 80th percentile.
 """
 
@@ -12,6 +13,7 @@ import datetime as dt
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -30,6 +32,8 @@ SCHEMA = 1
 MODES = ("forward", "recording", "forward+backward", "train-step")
 _SHORTEST = 300e-6  # seconds in a CPU sample: 1000 times the clock's own cost
 _LONG = 0.05  # seconds
+_CYCLES = 2e9  # a second, about, of a GPU
+_SLEEPS = (1e-3, 0.05)  # seconds, at least and at most, that a GPU sleeps while the host queues a call
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _HEAP = 512 << 20  # bytes: twenty arrays of the largest case
 
@@ -65,7 +69,7 @@ class Row:
 
     passes, bytes, gbps   reads and writes of feature maps that it must make, those in bytes, and these per second
     of_clone, of_copy     its time in units of x.clone()'s; gbps in units of this machine's copy bandwidth
-    host_us, graph_us     of a call before there is data to move; of a replay as a CUDA graph
+    host_us, graph_us     of a call before there is data to move; of a replay as a CUDA graph, with a warm L2 cache
     peak_bytes            memory that a call takes beyond what was there before
     saved_bytes           what autograd keeps for backward beyond arguments and parameters
     largest_batch         that fits; on a GPU
@@ -135,24 +139,29 @@ def interleave(
     candidate leaves. Where one call takes as long as a whole model's, nothing is left in the caches anyway.
     """
     results: dict[str, Timing | str] = {}
-    ready, cost = [], {}
+    ready, cost, sleep = [], {}, {}
     for c in candidates:
         try:
-            cost[c.name] = _first_calls(c, device)
+            cost[c.name], host = _first_calls(c, device)
+            sleep[c.name] = 0.0 if device == "cpu" else min(max(2 * host, _SLEEPS[0]), _SLEEPS[1])
             ready.append(c)
         except Exception as error:
             results[c.name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
     if not ready:
         return results
     inner = {c.name: max(1, round(_SHORTEST / cost[c.name])) if device == "cpu" else 1 for c in ready}
-    per_round = sum(cost[c.name] * (inner[c.name] + (cost[c.name] < _LONG)) for c in ready)
+    warm = {c.name: device == "cpu" and cost[c.name] < _LONG for c in ready}
+    per_round = sum(cost[c.name] * (inner[c.name] + warm[c.name]) + sleep[c.name] for c in ready)
     count = min(max(int(seconds / max(per_round, 1e-9)), rounds[0]), rounds[1])
-    sample = _cpu_sample if device == "cpu" else _cuda_sample
     taken: dict[str, list[tuple[float, float]]] = {c.name: [] for c in ready}
     for i in range(count):
-        turn = i % len(ready)
-        for c in ready[turn:] + ready[:turn]:
-            taken[c.name].append(sample(c, i, inner[c.name], cost[c.name] < _LONG))
+        first = i % len(ready)
+        for k, c in enumerate(ready[first:] + ready[:first]):
+            turn = i * len(ready) + k  # another set of buffers for each: those of the call before are in the cache
+            if device == "cpu":
+                taken[c.name].append(_cpu_sample(c, turn, inner[c.name], warm[c.name]))
+            else:
+                taken[c.name].append(_cuda_sample(c, turn, sleep[c.name]))
     for c in ready:
         times = [t for t, _ in taken[c.name]]
         low, *_, high = quantiles(times, n=5) if len(times) > 1 else times * 2
@@ -161,22 +170,24 @@ def interleave(
     return results
 
 
-def _first_calls(c: Candidate, device: str) -> float:
-    """Seconds of one call, after calls that compile, allocate and fill caches. Every set of buffers is called once."""
+def _first_calls(c: Candidate, device: str) -> tuple[float, float]:
+    """Seconds of one call, and of the host in it, after calls that compile, allocate and fill caches. Every set of
+    buffers is called once."""
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     with c.context():
         for call in c.calls:
             call()
-        spent = 0.0
+        spent = host = 0.0
         for _ in range(3):  # the last counts; a call that takes long doesn't get much quicker
             wait()
             start = time.perf_counter()
             c.calls[0]()
+            host = time.perf_counter() - start
             wait()
             spent = max(time.perf_counter() - start, 1e-7)
             if spent > _LONG:
                 break
-    return spent
+    return spent, host
 
 
 def _cpu_sample(c: Candidate, turn: int, inner: int, warm: bool) -> tuple[float, float]:
@@ -191,11 +202,12 @@ def _cpu_sample(c: Candidate, turn: int, inner: int, warm: bool) -> tuple[float,
     return cpu / inner, wall / inner
 
 
-def _cuda_sample(c: Candidate, turn: int, inner: int, warm: bool) -> tuple[float, float]:
+def _cuda_sample(c: Candidate, turn: int, sleep: float) -> tuple[float, float]:
+    """sleep: seconds, in which the host queues the whole call; a call that takes it longer is timed in part with it."""
     call = c.calls[turn % len(c.calls)]
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with c.context():
-        torch.cuda._sleep(2_000_000)  # about 1 ms: the host queues the whole call behind it
+        torch.cuda._sleep(int(sleep * _CYCLES))
         start.record()
         wall = time.perf_counter()
         call()
@@ -253,7 +265,7 @@ def provenance(device: str, command: Sequence[str]) -> dict[str, Any]:
         triton_version = None
     changed = _git("status", "--porcelain", "--untracked-files=no")
     found: dict[str, Any] = {
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "time": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "git": _git("rev-parse", "HEAD"),
         "git_changed": None if changed is None else bool(changed),
@@ -290,7 +302,16 @@ def provenance(device: str, command: Sequence[str]) -> dict[str, Any]:
 
 def driver() -> str | None:
     """The driver's version, the clocks and the power limit as they are now."""
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+    return _smi("driver_version,clocks.sm,clocks.mem,power.limit")
+
+
+def clocks() -> str | None:
+    """The clocks, the temperature and the power that is drawn, as they are now."""
+    return _smi("clocks.sm,clocks.mem,temperature.gpu,power.draw")
+
+
+def _smi(what: str) -> str | None:
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

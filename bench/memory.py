@@ -144,7 +144,8 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     cells = lambda forms: [f"{forms[f][what]:.0f}" for what in ("saved", "peak") for f in ("unfused", "fused")]
     print(table(head, [[name, *cells(forms)] for name, forms in found.items()]))
     if options.out:
-        source = measure.provenance(device, measure.command_line("bench", arguments))
+        torch.set_num_threads(1)  # as in the processes that measured, where freed memory went back
+        source = measure.provenance(device, measure.command_line("bench", arguments)) | {"heap_pinned": False}
         path = options.out / measure.slug(source["device_name"]) / f"memory-{measure.stamp()}.json"
         content = {"schema": measure.SCHEMA, "kind": "memory", "provenance": source, "batch": options.batch}
         write_json(path, {**content, "mib": found})

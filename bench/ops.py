@@ -142,9 +142,8 @@ class Job:
         subjects = self.subjects()
         candidates = self.candidates(subjects)
         size = self.sets[0][0].nbytes
-        passes = figures.traffic(candidates[0], size, self.op, self.mode)
         base = Row(self.op.name, self.label, self.mode, self.dtype, self.layout, self.device, "", "", "", run=number)
-        return figures.rows(base, subjects, candidates, seconds, size, passes, self.small())
+        return figures.rows(base, subjects, candidates, seconds, size, self.op, self.small())
 
 
 def fused_module(op: Op, args: tuple[Any, ...]) -> nn.Module | None:
@@ -205,6 +204,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs `python -m bench ops`."""
+    session.refuse_ignored(options, "op", "case", "shapes", "mode", "dtype", "layout")
     selected = jobs(options)
     if not selected:
         measure.log("no case matches the selection")
@@ -217,5 +217,5 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(summary(rows))
     session.failures(rows)
     if found:
-        print(f"\n{floor_table(found)}")
+        print(f"\n{floor_table(found, 1 + max(r.run for r in rows))}")
     return 0 if all(f.met for f in found) else 1

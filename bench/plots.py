@@ -16,7 +16,9 @@ from .measure import Row
 from .tables import newest
 
 WIDTH, DPI = 8.6, 110  # inches and dots per inch: 946 pixels
-COLOURS = ("#1b6ca8", "#2a9d8f", "#e9a23b", "#c8553d", "#7b5ea7", "#6b705c")
+COLOURS = (
+    "#1b6ca8", "#2a9d8f", "#e9a23b", "#c8553d", "#7b5ea7", "#6b705c", "#d68fb8", "#59432e", "#8ecae6", "#222222",
+)  # fmt: skip
 MODES = {"forward": "forward (inference)", "forward+backward": "forward and backward"}
 Contents = Sequence[dict[str, Any]]
 
@@ -68,6 +70,15 @@ def draw(results: Path) -> dict[str, bytes]:
     return made
 
 
+def legend(figure: Any, axes: Any, **more: Any) -> None:
+    """What any of the axes shows, each label once, below all of them."""
+    found: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(found.values(), found, loc="outside lower center", frameon=False, **more)
+
+
 def rows_of(contents: Contents) -> list[Row]:
     """All rows of several files."""
     return [Row(**r) for content in contents for r in content["rows"]]
@@ -103,10 +114,13 @@ def _speedup(plt: Any, contents: Contents) -> Any:
     found, (n, dtype, layout) = speedups(contents), usual(contents)
     names = list(dict.fromkeys(name for name, _ in found))
     shapes = sorted({s for by in found.values() for s in by}, key=_largest)
-    figure, axes = plt.subplots(
-        1, 2, figsize=(WIDTH, 1.5 + 0.25 * len(names)), sharey=True, sharex=True, layout="constrained"
-    )
-    for ax, (mode, told) in zip(axes, MODES.items(), strict=True):
+    modes = [mode for mode in MODES if any(m == mode for _, m in found)]
+    figure, grid = plt.subplots(
+        1, len(modes), figsize=(WIDTH, 1.5 + 0.25 * len(names)), sharey=True, sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    axes = grid[0]
+    for ax, mode in zip(axes, modes, strict=True):
         for i, shape in enumerate(shapes):
             at = [(v[shape], y) for y, n in enumerate(names) if shape in (v := found.get((n, mode), {}))]
             label = shape.replace("x", "×")
@@ -118,19 +132,11 @@ def _speedup(plt: Any, contents: Contents) -> Any:
         ax.set_xticks(ticks, [f"{t:g}×" for t in ticks])
         ax.minorticks_off()
         ax.grid(axis="both", color="#e3e3e3", zorder=0)
-        ax.set_title(told, fontsize=9)
+        ax.set_title(MODES[mode], fontsize=9)
         ax.set_xlabel("times as fast as eager, log scale")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=len(shapes),
-        frameon=False,
-        title=f"C×H×W, {n} samples, {dtype}, {layout}",
-    )
+    legend(figure, axes, ncols=min(len(shapes), 5), title=f"C×H×W, {n} samples, {dtype}, {layout}")
     return figure
 
 
@@ -202,6 +208,7 @@ def _tax(plt: Any, contents: Contents) -> Any:
         len(panels), 1, figsize=(WIDTH, height), sharex=True, squeeze=False, layout="constrained"
     )
     thick = 0.8 / len(forms)
+    colours = [COLOURS[i] for i in (3, 0, 2, 1)] + list(COLOURS[4:])
     for ax, title in zip(axes[:, 0], panels, strict=True):
         for i, form in enumerate(forms):
             at = [(y, by[form]) for y, n in enumerate(names) if form in (by := found.get((title, n), {}))]
@@ -209,7 +216,7 @@ def _tax(plt: Any, contents: Contents) -> Any:
                 continue
             label = form.replace("attention", "unfused", 1).replace("unfused, fused", "fused")
             where = [y - 0.4 + thick * (i + 0.5) for y, _ in at]
-            bars = ax.barh(where, [v for _, v in at], thick * 0.92, color=COLOURS[(3, 0, 2, 1)[i % 4]], label=label)
+            bars = ax.barh(where, [v for _, v in at], thick * 0.92, color=colours[i % len(colours)], label=label)
             ax.bar_label(bars, [f"{v:+.0f} %" for _, v in at], padding=3, fontsize=7.5)
         ax.axvline(0, color="#444444", linewidth=1)
         ax.set_yticks(range(len(names)), names)
@@ -219,6 +226,5 @@ def _tax(plt: Any, contents: Contents) -> Any:
         ax.set_axisbelow(True)
         ax.set_title(title, fontsize=9)
     axes[-1, 0].set_xlabel("how much longer than the network without attention in the same form, %")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    legend(figure, axes[:, 0], ncols=4)
     return figure

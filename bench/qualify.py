@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from fused_attn import backend
 
 from . import figures, measure, trial_correctness, trial_sanitizer, trial_speed
 from .support import ROOT, progress, write_json
-from .trials import Item, NotRun, kernels_of
+from .trials import Item, NotRun, end, kernels_of
 
 PARTS: dict[str, Callable[[str], list[Item]]] = {
     "correctness": trial_correctness.items,
@@ -43,6 +44,7 @@ PARTS: dict[str, Callable[[str], list[Item]]] = {
     "sanitizer": trial_sanitizer.items,
 }
 CRASHES = 8
+PATIENCE = 2.0  # seconds that a worker has to end what it started
 INTERRUPTED, STOPPED = "it was interrupted", 130
 
 
@@ -66,6 +68,8 @@ def work(part: str, device: str, match: str, share: str, log: Path, prepare: boo
             try:
                 function = item.prepare if prepare else item.run
                 entry |= (function() or {}) if function else {}  # type: ignore[operator]
+                if device == "cuda" and entry.get("rows"):
+                    entry["clocks"] = measure.clocks()  # while it is still warm
             except NotRun as reason:
                 entry = {"status": "not run", "reason": str(reason)}
             except Exception as error:
@@ -106,7 +110,9 @@ class Worker:
     def start(self) -> None:
         """Starts, or starts again behind the item that killed it."""
         with self.errors.open("wb") as errors:
-            self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT)
+            self.process = subprocess.Popen(
+                self.command, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT, start_new_session=True
+            )
 
     def open_item(self) -> dict[str, Any] | None:
         """What it is at."""
@@ -120,10 +126,9 @@ class Worker:
                 out.write(json.dumps({"name": item["name"], "status": "failed", "reason": reason}) + "\n")
 
     def stop(self) -> None:
-        """Ends the process."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        """Ends the process and those that it started."""
+        if self.process is not None:
+            end(self.process, PATIENCE)
 
     def look(self) -> None:
         """Restarts a worker that died, stops an item that takes too long."""
@@ -135,6 +140,7 @@ class Worker:
                 self.close_item(f"stopped after {item['limit']:.0f} s")
                 self.start()
             return
+        end(self.process)  # what it started may live
         if code == 0:
             self.done = True
             return
@@ -151,8 +157,9 @@ class Worker:
 def drive(
     part: str, device: str, match: str, workers: int, deadline: float, folder: Path, prepare: bool = False,
     done: Sequence[dict[str, Any]] = (),
-) -> tuple[list[dict[str, Any]], bool]:  # fmt: skip
-    """Runs a part's items in worker processes, until all are done or time is up. Entries, and whether all was done.
+) -> tuple[list[dict[str, Any]], bool, bool]:  # fmt: skip
+    """Runs a part's items in worker processes, until all are done or time is up. Entries, whether all was done, and
+    whether it was interrupted.
 
     done: entries of items that aren't run again
     """
@@ -164,12 +171,12 @@ def drive(
         command = [sys.executable, "-m", "bench", "qualify", "--only", part, "--device", device, "--match", match]
         command += ["--worker", f"{number}/{min(workers, len(names))}", "--log", str(log)]
         crew.append(Worker(command + (["--prepare"] if prepare else []), log))
-    for w in crew:
-        w.start()
     bar, seen = progress(range(len(names)), f"{part}{' (compiling)' if prepare else ''}", len(names)), 0
     read = lambda: [e for w in crew for e in _entries(w.log) if e["status"] != "begun"]
     why = "the time was up"
     try:
+        for w in crew:
+            w.start()
         while not all(w.done for w in crew) and time.monotonic() < deadline:
             time.sleep(0.1 if device == "cpu" else 0.5)
             for w in crew:
@@ -180,15 +187,16 @@ def drive(
             seen = count
     except KeyboardInterrupt:
         why = INTERRUPTED
-    for w in crew:
-        w.stop()
+    finally:  # they have sessions of their own: nobody else ends them
+        for w in crew:
+            w.stop()
     bar.close()
     by = {e["name"]: e for e in read()}
     missing = {"status": "not run", "reason": why}
     if all(w.done for w in crew):
         missing = {"status": "not run", "reason": "its worker gave up"}
     entries = [by.get(name, {"name": name, **missing}) for name in names]
-    return entries, len(by) == len(names)
+    return entries, len(by) == len(names), why == INTERRUPTED
 
 
 def resumed(part: str, path: Path | None) -> list[dict[str, Any]]:
@@ -214,19 +222,24 @@ def qualify(part: str, options: argparse.Namespace, device: str, arguments: Sequ
     cores = os.cpu_count() or 1
     before = resumed(part, options.resume)
     workers = options.workers or (max(1, min(6, cores // 2)) if device == "cuda" else 1)
+    measure.prepare(device)
+    source = measure.provenance(device, measure.command_line("bench", arguments))  # as long as the device answers
     with tempfile.TemporaryDirectory(prefix="fused_attn_") as temporary:
         folder = Path(temporary)
         if part == "kernels" and device == "cuda" and not before:
             until = time.monotonic() + 0.4 * (deadline - time.monotonic())
-            drive(part, device, options.match, workers, until, folder, prepare=True)
-        entries, finished = drive(
+            *_, interrupted = drive(part, device, options.match, workers, until, folder, prepare=True)
+            if interrupted:
+                print(f"{part}: interrupted before anything was measured")
+                return STOPPED
+        entries, finished, interrupted = drive(
             part, device, options.match, workers if part == "correctness" else 1, deadline, folder, done=before
         )
     counts = Counter(e["status"] for e in entries)
     result = {
         "schema": measure.SCHEMA,
         "kind": f"qualify-{part}",
-        "provenance": measure.provenance(device, measure.command_line("bench", arguments)),
+        "provenance": source,
         "backend": kernels_of(device),
         "finished": finished,
         "seconds": round(time.monotonic() - start, 1),
@@ -234,16 +247,23 @@ def qualify(part: str, options: argparse.Namespace, device: str, arguments: Sequ
         "rows": [row for e in entries for row in e.pop("rows", [])],
         "items": entries,
     }
-    if part == "kernels":
-        result["provenance"]["copy_gbps"] = figures.copy_gbps(device)
-    path = options.out / measure.slug(result["provenance"]["device_name"]) / f"{part}-{measure.stamp()}.json"
+    path = options.out / measure.slug(source["device_name"]) / f"{part}-{measure.stamp()}.json"
     write_json(path, result)
+    try:
+        with suppress(Exception):  # what was measured is on disk; a device that no longer answers takes nothing away
+            if device == "cuda":
+                source["driver_after"] = measure.driver()
+            if part == "kernels":
+                source["copy_gbps"] = figures.copy_gbps(device)
+            write_json(path, result)
+    except KeyboardInterrupt:
+        interrupted = True
     said = ", ".join(f"{counts[s]} {s}" for s in ("passed", "failed", "not run"))
-    print(f"{part} on {result['provenance']['device_name']} in {result['seconds']:.0f} s: {said}")
+    print(f"{part} on {source['device_name']} in {result['seconds']:.0f} s: {said}")
     for text, several in _grouped(e for e in entries if e["status"] != "passed"):
         print(f"  {text}" + (f" (and {several - 1} more like it)" if several > 1 else ""))
     print(f"  wrote {path.name}")
-    if any(e.get("reason") == INTERRUPTED for e in entries):
+    if interrupted:
         return STOPPED
     return 1 if counts["failed"] else 0
 
@@ -281,6 +301,7 @@ def parser(add: Any) -> argparse.ArgumentParser:
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs `python -m bench qualify`."""
     if options.worker:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # an item may have processes to end
         return work(options.only, options.device, options.match, options.worker, Path(options.log), options.prepare)
     if options.device == "cuda":
         if not torch.cuda.is_available():
@@ -292,7 +313,8 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.resume and not options.only:
         print("bench qualify: --resume takes --only, the part that the file is of")
         return 2
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops it lets it write what it has
+    # What stops it lets it write what it has, and its workers, which a terminal doesn't reach, end with it.
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
         worst = 0
         for part in [options.only] if options.only else list(PARTS):
@@ -302,4 +324,5 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 break
         return worst
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

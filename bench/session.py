@@ -38,6 +38,20 @@ def options(p: argparse.ArgumentParser, modes: int, seconds: float = 2.0, **choi
     p.add_argument("--runs", type=int, help="how often to go through everything (default: 1, with --check-floors 3)")
     p.add_argument("--format", choices=FORMATS, default="table", help="of what is printed (default: table)")
     p.add_argument("--out", type=Path, help="folder for the JSON; a folder named after the machine is made in it")
+    p.set_defaults(parser=p)
+
+
+def refuse_ignored(given: argparse.Namespace, *selections: str) -> None:
+    """Stops, as the parser does, where an option would be taken and do nothing.
+
+    selections: options that select what `--check-floors` selects by itself
+    """
+    if given.batch and not given.shapes:
+        given.parser.error("--batch is the N of --shapes, which isn't given")
+    also = [name for name in selections if getattr(given, name) != given.parser.get_default(name)]
+    if given.check_floors and also:
+        options = ", ".join(f"--{name}" for name in also)
+        given.parser.error(f"--check-floors selects by itself what it measures; without it: {options}")
 
 
 def shape_options(p: argparse.ArgumentParser, *default: str) -> None:

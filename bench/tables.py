@@ -2,15 +2,18 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .floors import best_of
 from .measure import MODES, Row
 from .subjects import INDUCTORS
 from .support import ROOT, significant
 
 RESULTS = ROOT / "bench" / "results"
+BUSY = 1.1  # of the probe's wall clock and CPU time: above it a neighbour had a share of the machine
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -20,15 +23,36 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def newest(results: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The newest file of each machine and kind of result, in the order of their names; of mechanisms the newest of each
-    command, because one run of all there is takes hours."""
+    """The newest file of each machine and kind of result, oldest first; of mechanisms the newest of each command,
+    because one run of all there is takes hours.
+
+    A file of a part (`--quick`, `--match`) never takes the place of a whole one.
+    """
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for path in sorted(results.glob("*/*.json")):
         content = json.loads(path.read_text())
         kind = f"{content['kind']}-floors" if content.get("floors") else content["kind"]
-        command = content["provenance"]["command"] if kind in ("blocks", "models") else ""
-        found.setdefault((path.parent.name, kind), {})[command] = content | {"path": f"{path.parent.name}/{path.name}"}
+        command = content["provenance"]["command"]
+        of = found.setdefault((path.parent.name, kind), {})
+        parts = any(partial(c["provenance"]["command"]) for c in of.values())  # all of them, or none
+        if of and partial(command) and not parts:
+            continue
+        if parts and not partial(command):
+            of.clear()
+        command = command if kind in MERGED else ""
+        of.pop(command, None)  # a rerun comes last: where files overlap, the last one counts
+        of[command] = content | {"path": f"{path.parent.name}/{path.name}"}
     return {key: list(of.values()) for key, of in sorted(found.items())}
+
+
+def partial(command: str) -> bool:
+    """Whether a command measures a part, or less well, of what its other options select."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    given = {w.split("=")[0] for w in words if w.startswith("--") and len(w) > 2}
+    return any(full.startswith(w) for w in given for full in ("--quick", "--match"))
 
 
 def _where(content: dict[str, Any], link: str) -> str:
@@ -39,6 +63,9 @@ def _where(content: dict[str, Any], link: str) -> str:
     else:
         about += [f"triton {p['triton']}", p["clock"]]
     commit = (p["git"] or "unknown")[:10] + (" with changes" if p["git_changed"] else "")
+    slow = [b["wall_over_cpu"] for b in (p.get("probe"), p.get("probe_after")) if b]
+    if max(slow, default=0.0) > BUSY:
+        about.append(f"busy: wall ÷ CPU {max(slow):.2f}")
     return f"{', '.join(about)}; `{p['command']}` at {commit}, {p['time'][:10]} ([all figures]({link}))"
 
 
@@ -47,9 +74,10 @@ def _floors(content: dict[str, Any]) -> str:
     lines = [
         [f["name"], show(f["measured"]), show(f["floor"]), show(f["target"]), f["detail"]] for f in content["floors"]
     ]
+    runs = 1 + max((r.get("run", 0) for r in content["rows"]), default=0)
     what = {"ops": ("squeeze-and-excitation, float32 NCHW", "per shape"), "blocks": ("8x512x28x28, float32", "per run")}
     title, each = what[content["kind"]]
-    return markdown([f"{title}: speed-up", "measured", "floor", "target", each], lines)
+    return markdown([f"{title}: speed-up", best_of(runs), "floor", "target", each], lines)
 
 
 def _op_rows(content: dict[str, Any]) -> str:
@@ -87,7 +115,7 @@ def _op_rows(content: dict[str, Any]) -> str:
 def _blocks(contents: Sequence[dict[str, Any]]) -> str:
     """Per mechanism and mode: speed-up over eager at each shape, and its range over shapes of what else there is."""
     eager: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    inductor: dict[tuple[str, str], dict[str, float]] = {}
+    inductor: dict[tuple[str, str], dict[tuple[str, str, str], float]] = {}
     for content in contents:
         groups: dict[tuple[str, ...], dict[str, float]] = {}
         for r in (Row(**r) for r in content["rows"]):
@@ -101,7 +129,7 @@ def _blocks(contents: Sequence[dict[str, Any]]) -> str:
             if "eager" in by:
                 eager.setdefault((name, mode), {}).setdefault(column, {})[shape] = by["eager"] / by["fused"]
             if rivals := [by[i] for i in INDUCTORS if i in by]:
-                inductor.setdefault((name, mode), {})[case] = min(rivals) / by["fused"]
+                inductor.setdefault((name, mode), {})[case, dtype, layout] = min(rivals) / by["fused"]
     columns = list(dict.fromkeys(column for of in eager.values() for column in of))
     columns.sort(key=lambda c: (c.startswith("N="), c.startswith("N=1,"), [-int(v) for v in re.findall(r"\d+$", c)], c))
     lines = [

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from .contests import CONTESTS
 from .labels import SE, bench_ops, label
 from .ops import DTYPES
 from .support import ROOT, importable
-from .trials import ITEM_SECONDS, Item, NotRun, Payload, Wrong, kernels_of
+from .trials import ITEM_SECONDS, Item, NotRun, Payload, Wrong, kernels_of, output
 
 
 def items(device: str) -> list[Item]:
@@ -420,10 +419,10 @@ def _pytest(device: str) -> Payload:
         "-p",
         "no:cacheprovider",
     ]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=220, check=False)
-    last = (run.stdout.strip().splitlines() or [""])[-1]
-    if run.returncode == 5:
+    status, text = output(command, 220)
+    last = (text.strip().splitlines() or [""])[-1]
+    if status == 5:
         raise NotRun("no test is marked gpu")
-    if run.returncode:
-        raise Wrong(run.stdout[-1500:] + run.stderr[-500:])
+    if status:
+        raise Wrong(text[-2000:])
     return {"pytest": last}

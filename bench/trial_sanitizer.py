@@ -8,7 +8,6 @@ import functools
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from fused_attn.registry import OPS
 
 from .support import ROOT
-from .trials import Item, NotRun, Payload, Wrong
+from .trials import Item, NotRun, Payload, Wrong, output
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 KINDS = r"(float32|bfloat16) (contiguous|channels_last)$"  # of the items of `correctness`
@@ -46,15 +45,13 @@ def _sanitized(tool: str, name: str, device: str) -> Payload:
         match = rf"^{name} (?!.*(8x\d{{3,}}|64x64x)).*{KINDS}"
         own = [sys.executable, "-m", "bench", "qualify", "--only", "correctness", "--device", device]
         command = [found, "--tool", tool, *own, "--match", match, "--worker", "0/1", "--log", str(log)]
-        run = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=230, check=False,
-            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )  # fmt: skip
+        status, text = output(command, 230, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         checked = len(re.findall(r'"status": "passed"', log.read_text())) if log.exists() else 0
-    text = run.stdout + run.stderr
+    if "Device not supported" in text:
+        raise NotRun("compute-sanitizer doesn't support this device")
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", text)
     if summary is None:
-        raise Wrong(f"no summary; status {run.returncode}: {text[-800:].replace(str(ROOT), '.')}")
+        raise Wrong(f"no summary; status {status}: {text[-800:].replace(str(ROOT), '.')}")
     if int(summary[1]) or not checked:
         raise Wrong(f"{summary[1]} errors in {checked} cases: {text[:1500].replace(str(ROOT), '.')}")
     return {"cases": checked}

@@ -18,6 +18,7 @@ def kernels(device: str) -> list[Item]:
     """Timings, most valuable first."""
     stages = [(c, s) for c, s, _ in shapes.SETS["resnet50"]]
     batches = (64, 8, 256) if device == "cuda" else (2,)
+    backends = tuple(dict.fromkeys((*backends_of(device), "eager")))  # between them the dispatch table chooses
     found = []
     for n in batches:
         for dtype, layout in (
@@ -27,12 +28,12 @@ def kernels(device: str) -> list[Item]:
                 for channels, s in stages:
                     h = channels // 16
                     c = case(x=(n, channels, s, s), w1=(h, channels), b1=(h,), w2=(channels, h), b2=(channels,))
-                    found.append(_timing(Job(OPS[SE], c, dtype, layout, mode, device, backends=backends_of(device))))
-        found += [_mechanism(n, name, *shape, device) for name in CONTESTS for shape in stages if n == batches[0]]
+                    found.append(_timing(Job(OPS[SE], c, dtype, layout, mode, device, backends=backends)))
+        found += [_mechanism(n, name, *shape, device) for shape in stages for name in CONTESTS if n == batches[0]]
     for op in bench_ops():
         for c in (c for c in op.cases if "bench" in c.tags and op.name != SE):
             for mode in ("forward", "forward+backward"):
-                found.append(_timing(Job(op, c, "bfloat16", "nchw", mode, device, backends=backends_of(device))))
+                found.append(_timing(Job(op, c, "bfloat16", "nchw", mode, device, backends=backends)))
     return found
 
 

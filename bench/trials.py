@@ -1,10 +1,16 @@
 """What `python -m bench qualify` is made of: items, each one thing to check or to time."""
 
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from fused_attn import backend
+
+from .support import ROOT
 
 ITEM_SECONDS = 150.0
 Payload = dict[str, Any]
@@ -37,3 +43,36 @@ def backends_of(device: str) -> tuple[str, ...]:
 def kernels_of(device: str) -> str:
     """The backend whose kernels are on trial."""
     return backends_of(device)[0]
+
+
+def end(process: subprocess.Popen[Any], patience: float = 0.0) -> None:
+    """Ends a process that has a session of its own, and all that it started.
+
+    patience: seconds that it has to end what it started in sessions of their own
+    """
+    if patience and process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def output(command: Sequence[str], seconds: float, **more: str) -> tuple[int, str]:
+    """Status and output of a command; `more` goes into its environment. Nothing that it started outlives it.
+
+    Raises Wrong where it takes longer.
+    """
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        env={**os.environ, **more}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise Wrong(f"stopped after {seconds:.0f} s") from None
+    finally:
+        end(process)
+    return process.returncode, text

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import labels, measure, ops, qualify, report, subjects, support
+from bench import blocks, labels, measure, memory, ops, qualify, report, subjects, support, tables, trials
+from bench.contests import CONTESTS, TAIL, WITHOUT
 from bench.measure import Candidate, Row, Timing
 from fused_attn import backend
 from fused_attn.registry import OPS, case
@@ -49,6 +51,30 @@ def test_bytes_are_those_counted_by_hand(name, c, mode, passes):
     assert rows["fused"].gbps == pytest.approx(passes * x_bytes / rows["fused"].median_us / 1e3, rel=0.01)
 
 
+def test_every_form_has_its_own_backend():
+    if (why := backend.extension()) is not None:
+        pytest.skip(why)
+    job = ops.Job(OPS["scale"], case(x=(2, 8, 6, 6), gate=(2, 8)), baselines=(), backends=("cpp", "eager"))
+    assert {r.impl: r.backend for r in job.run(0.01)} == {"fused:cpp": "cpp", "fused:eager": "eager"}
+
+
+def test_every_form_has_its_own_passes():
+    """The tail with its gate reads what the one without needn't, and both run where they are told to."""
+    job = blocks.Job(CONTESTS[TAIL], 2, 32, 8, "float32", "nchw", "forward", "cpu", (), "eager")
+    by = {r.impl: r for r in job.run(0.02, 0)}
+    assert {r.backend for r in by.values()} == {"eager"}
+    assert by[WITHOUT].passes is not None
+    assert by[WITHOUT].passes < by["fused"].passes
+    for r in by.values():
+        assert r.bytes == r.passes * 4 * 2 * 32 * 8 * 8
+        assert r.gbps == pytest.approx(r.bytes / r.median_us / 1e3, rel=0.01)
+
+
+def test_recorded_commands_can_be_typed():
+    words = ["python", "-m", "bench", "blocks", "--block", "BAM merge", "--match", "^a|b$"]
+    assert shlex.split(measure.provenance("cpu", words)["command"]) == words
+
+
 def test_original_module_is_the_baseline():
     pytest.importorskip("timm", exc_type=ImportError) if support.importable("timm") else pytest.skip("no timm")
     job = ops.Job(OPS["pool_mlp_scale"], SMALL, baselines=("eager",))
@@ -80,6 +106,38 @@ def test_short_calls_are_timed_in_bundles():
     (timing,) = measure.interleave([Candidate("nothing", [lambda: None])], 0.01).values()
     assert timing.calls_per_sample > 100
     assert timing.median_us < 50
+
+
+def test_gpu_calls_find_a_cold_cache(monkeypatch):
+    """No call has the buffers of the one before it, nor of any that the L2 cache still holds."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure, "_cuda_sample", lambda c, turn, *_: order.append(turn % 5) or (1e-5, 1e-5))
+    candidates = [Candidate(name, [lambda: None] * 5) for name in "abc"]
+    measure.interleave(candidates, 0.0, "cuda", (10, 10))
+    assert len(order) == 30
+    assert all(len(set(order[i : i + 5])) == 5 for i in range(26))
+
+
+@pytest.mark.parametrize(("host", "slept"), [(0.0, 1e-3), (0.01, 0.02), (0.06, 0.05)])
+def test_a_gpu_sleeps_while_the_host_queues(monkeypatch, host, slept):
+    cycles = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        record = synchronize = lambda self: None
+        elapsed_time = lambda self, other: 0.5
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    (timing,) = measure.interleave([Candidate("it", [lambda: time.sleep(host)])], 0.0, "cuda", (2, 2)).values()
+    assert timing.median_us == 500.0
+    assert timing.wall_us >= host * 1e6  # the host's own
+    assert cycles[0] / measure._CYCLES == pytest.approx(slept, rel=0.3)
+    assert len(cycles) == 2
 
 
 HEAP = """
@@ -227,6 +285,73 @@ def test_report_of_mechanisms(tmp_path):
     assert "9.00" not in text
 
 
+SOURCE = {
+    "device": "cpu", "device_name": "A CPU", "torch": "2", "threads": 1, "clock": "CPU time", "simd": "AVX2",
+    "git": "0123456789abcdef", "git_changed": False, "time": "2026-01-02",
+}  # fmt: skip
+
+
+def write_result(folder, name, kind, command, rows, **more):
+    content = {"schema": 1, "kind": kind, "provenance": SOURCE | {"command": command} | more}
+    (folder / "a-cpu").mkdir(exist_ok=True)
+    (folder / "a-cpu" / name).write_text(json.dumps(content | {"rows": [r.dict() for r in rows]}))
+
+
+def cbam(eager, dtype="float32", inductor=None):
+    base = Row("CBAM", "8x64x7x7", "forward", dtype, "nchw", "cpu", "fused", "cpp", "", median_us=10.0)
+    rows = [base, dataclasses.replace(base, impl="eager", median_us=eager)]
+    return rows + ([dataclasses.replace(base, impl="inductor", median_us=inductor)] if inductor else [])
+
+
+def test_a_rerun_wins_over_an_older_file_of_another_command(tmp_path):
+    write_result(tmp_path, "blocks-1.json", "blocks", "a", cbam(90.0))
+    write_result(tmp_path, "blocks-2.json", "blocks", "b", cbam(50.0))
+    write_result(tmp_path, "blocks-3.json", "blocks", "a", cbam(20.0))
+    assert "| CBAM | forward | 2.00 |" in report.measured(tmp_path)
+    assert [c["path"] for c in tables.newest(tmp_path)["a-cpu", "blocks"]] == [
+        "a-cpu/blocks-2.json", "a-cpu/blocks-3.json",
+    ]  # fmt: skip
+
+
+def test_inductor_of_two_dtypes(tmp_path):
+    """One case in two dtypes is two measurements."""
+    write_result(tmp_path, "blocks-1.json", "blocks", "a", cbam(20.0, inductor=15.0) + cbam(30.0, "bfloat16", 40.0))
+    assert "| CBAM | forward | 2.00 | 3.00 | 1.50 – 4.00 |" in report.measured(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ops", "qualify-kernels", "blocks"])
+@pytest.mark.parametrize("part", ["--quick", "--match '^scale x'", "--match=scale"])
+def test_a_part_never_replaces_the_whole(tmp_path, kind, part):
+    paths = lambda: [c["path"][len("a-cpu/") :] for c in tables.newest(tmp_path)["a-cpu", kind]]
+    write_result(tmp_path, "1.json", kind, f"python -m bench {part}", cbam(20.0))
+    assert paths() == ["1.json"]  # better than nothing
+    write_result(tmp_path, "2.json", kind, "python -m bench", cbam(30.0))
+    assert paths() == ["2.json"]
+    write_result(tmp_path, "3.json", kind, f"python -m bench {part} --seconds 1", cbam(40.0))
+    assert paths() == ["2.json"]
+    write_result(tmp_path, "4.json", kind, "python -m bench", cbam(50.0))
+    assert paths() == ["4.json"]
+
+
+def test_a_busy_machine_is_said(tmp_path):
+    calm, disturbed = {"wall_over_cpu": 1.02, "load_average": 0.1}, {"wall_over_cpu": 1.372, "load_average": 3.0}
+    write_result(tmp_path, "blocks-1.json", "blocks", "a", cbam(20.0), probe=calm, probe_after=calm)
+    assert "busy" not in report.measured(tmp_path)
+    write_result(tmp_path, "blocks-2.json", "blocks", "a", cbam(20.0), probe=calm, probe_after=disturbed)
+    assert "busy: wall ÷ CPU 1.37; `a`" in report.measured(tmp_path)
+
+
+def test_floors_say_of_how_many_runs_they_are_the_best(tmp_path):
+    folder = tmp_path / "a-cpu"
+    folder.mkdir()
+    rows = [r for run in range(3) for r in synthetic(2.0, run)]
+    content = {"schema": 1, "kind": "ops", "provenance": SOURCE | {"command": "c"}, "rows": [r.dict() for r in rows]}
+    content["floors"] = [f._asdict() for f in ops.floors(rows)]
+    (folder / "floors-1.json").write_text(json.dumps(content))
+    assert "speed-up | best of 3 runs | floor |" in report.measured(tmp_path)
+    assert "best of 3 runs" in ops.floor_table(ops.floors(rows), 3)
+
+
 def test_qualify_says_that_there_is_no_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["qualify"]) == 2
@@ -249,11 +374,19 @@ def test_qualify_runs_items_in_workers(tmp_path, capsys):
 
 
 def test_qualify_times_kernels(tmp_path):
-    match = r"^scale .*nchw forward$"
-    assert bench.main(["qualify", "--device", "cpu", "--only", "kernels", "--match", match, "--minutes", "0.3",
-                       "--out", str(tmp_path)]) in (0, 1)  # fmt: skip
+    match = r"^scale 8x512x28x28 bfloat16 nchw forward$"
+    arguments = ["qualify", "--device", "cpu", "--only", "kernels", "--match", match, "--minutes", "3"]
+    assert bench.main([*arguments, "--out", str(tmp_path)]) == 0
     content = json.loads(next(tmp_path.glob("*/kernels-*.json")).read_text())
-    assert len(content["items"]) == len(labels.bench_cases(ops.OPS["scale"]))
+    assert content["finished"]
+    assert content["counts"] == {"passed": 1}
+    assert content["provenance"]["copy_gbps"] > 0
+    assert content["provenance"]["threads"] == 1
+    by = {r["impl"]: r for r in content["rows"]}
+    ours = {f"fused:{b}" for b in (*trials.backends_of("cpu"), "eager")}
+    assert set(by) >= ours | {"eager", "clone"}
+    assert all(by[impl]["median_us"] > 0 and by[impl]["error"] is None for impl in ours | {"eager", "clone"})
+    assert all(by[impl]["backend"] == impl[len("fused:") :] for impl in ours)
 
 
 def test_a_dying_worker_costs_one_item(tmp_path, monkeypatch):
@@ -310,6 +443,48 @@ def test_ops_command_writes_json_without_paths(tmp_path, capsys):
     assert str(tmp_path) not in text
     assert str(support.ROOT) not in text
     assert "vs eager" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("ops --batch 8", "--batch is the N of --shapes"),
+        ("ops --check-floors --op scale --case 8x", "without it: --op, --case"),
+        ("ops --check-floors --shapes resnet50 --batch 8", "without it: --shapes"),
+        ("blocks --check-floors --shape 512x28 --dtype bfloat16", "without it: --shape, --dtype"),
+        ("blocks --check-floors --batch 1 --backend eager", "without it: --batch, --backend"),
+    ],
+)
+def test_no_option_is_ignored(monkeypatch, capsys, arguments, said):
+    for module in (ops, blocks):
+        monkeypatch.setattr(module, "jobs", lambda options: [])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(arguments.split())
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["ops --shapes resnet50 --batch 8", "ops --check-floors --baseline eager", "blocks --check-floors --block SGE",
+     "blocks --batch 1 --quick"],
+)  # fmt: skip
+def test_options_that_do_something(monkeypatch, capsys, arguments):
+    for module in (ops, blocks):
+        monkeypatch.setattr(module, "jobs", lambda options: [])
+    assert bench.main(arguments.split()) == 2
+    assert "matches the selection" in capsys.readouterr().err
+
+
+def test_memory_says_how_it_was_measured(tmp_path, monkeypatch):
+    """In other processes, on one thread, which give back what they free."""
+    torch.set_num_threads(2)
+    monkeypatch.setattr(memory, "alone", lambda command: {"saved": 1.0, "peak": 2.0})
+    monkeypatch.setattr(measure, "pin_heap", lambda: True)
+    assert bench.main(["memory", "--device", "cpu", "--network", "seresnet50", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/memory-*.json")
+    source = json.loads(path.read_text())["provenance"]
+    assert (source["threads"], source["heap_pinned"]) == (1, False)
 
 
 def test_redrawn_gates_matter():

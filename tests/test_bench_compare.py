@@ -1,5 +1,6 @@
 """`python -m bench compare`: ratios, not times; what got slower fails, what got faster doesn't."""
 
+import dataclasses
 import json
 
 import pytest
@@ -39,9 +40,29 @@ def test_slower(tmp_path, capsys, fused, limit, status):
 
 def test_reference_and_runs():
     found = compare.relative([*rows(100, 50), *rows(100, 80, run=1), *rows(100, 60, run=2)], None)
-    assert found == {("scale", "8x64x7x7", "forward", "float32", "nchw", "fused"): pytest.approx(0.6)}
+    assert found == {("scale", "8x64x7x7", "forward", "float32", "nchw", "fused", "eager"): pytest.approx(0.6)}
     assert list(compare.relative(rows(100, 50), "clone").values()) == [pytest.approx(5.0)]
     assert list(compare.relative(rows(None, 50), None).values()) == [pytest.approx(5.0)]  # eager failed
+
+
+def test_a_ratio_to_eager_is_not_one_to_clone(tmp_path, capsys):
+    """Where eager failed in one file, its rows have another reference, and nothing is said of them."""
+    a, b = write(tmp_path / "a", rows(100, 50)), write(tmp_path / "b", rows(None, 50))
+    assert bench.main(["compare", a, b, "--fail-if-slower", "5%"]) == 2
+    assert "no row in common" in capsys.readouterr().err
+    assert bench.main(["compare", a, b, "--fail-if-slower", "5%", "--against", "clone"]) == 0
+
+
+@pytest.mark.parametrize("others", [[], [100, 40]])
+def test_ours_that_failed_is_no_pass(tmp_path, capsys, others):
+    """It has no time that could be slower, and is no less wrong for that."""
+    more = [dataclasses.replace(r, case="8x64x9x9") for r in rows(*others)] if others else []
+    a, b = write(tmp_path / "a", rows(100, 50), more), write(tmp_path / "b", rows(100, None), more)
+    assert bench.main(["compare", a, b, "--fail-if-slower", "5%"]) == 1
+    assert "failed in B: scale 8x64x7x7 forward float32 nchw fused: no" in capsys.readouterr().out
+    assert bench.main(["compare", a, b, "--fail-if-slower", "5%", "--impl", "other"]) == 2
+    assert bench.main(["compare", b, a, "--fail-if-slower", "5%"]) == (0 if others else 2)  # it works again
+    assert bench.main(["compare", a, b]) == (0 if others else 2)  # nothing was asked
 
 
 def test_nothing_to_compare(tmp_path, capsys):

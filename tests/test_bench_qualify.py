@@ -1,14 +1,20 @@
 """`qualify` without a GPU: everything but the device's own calls, on the CPU and with a fake sanitizer."""
 
+import argparse
 import json
+import os
+import re
+import signal
 import sys
+import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import models, qualify, support, trial_correctness, trial_sanitizer, trial_speed, trials
+from bench import measure, models, qualify, support, trial_correctness, trial_sanitizer, trial_speed, trials
 from bench.contests import CONTESTS
 from fused_attn.registry import OPS
 
@@ -91,6 +97,25 @@ def test_what_needs_a_gpu_says_so(name):
         item.run()
 
 
+def test_mechanisms_come_at_one_shape_before_the_next():
+    """Where time runs out, every one of them has been timed once."""
+    names = [i.name for i in qualify.items_of("kernels", "cuda", "")]
+    at = [n for n in names if re.search(r" 64x\d+x(\d+)x\1 forward\+backward", n) and not n.startswith("pool_mlp")]
+    at = [n for n in at if any(n.startswith(f"{c} 64x") for c in CONTESTS)][: len(CONTESTS)]
+    assert len({n[n.index(" 64x") :] for n in at}) == 1
+    assert len(at) == len(CONTESTS)
+
+
+def test_the_dispatch_table_gets_its_eager_rows(monkeypatch):
+    """Every op is timed on eager as well: without that there is nothing to choose from."""
+    made = []
+    monkeypatch.setattr(trial_speed.Job, "run", lambda self, seconds: made.append(self.backends) or [])
+    monkeypatch.setattr(trial_speed, "backends_of", lambda device: ("triton",))
+    for item in qualify.items_of("kernels", "cuda", "^(scale|pool_mlp_scale) .*forward$"):
+        item.run()
+    assert set(made) == {("triton", "eager")}
+
+
 FAKE = """#!{python}
 import subprocess, sys
 status = subprocess.run(sys.argv[3:]).returncode
@@ -110,6 +135,143 @@ def test_sanitizer(tmp_path, monkeypatch, errors):
             item.run()
     else:
         assert item.run()["cases"] > 2
+
+
+def test_a_device_that_the_sanitizer_does_not_know(tmp_path, monkeypatch):
+    fake = tmp_path / "compute-sanitizer"
+    fake.write_text(f"#!{sys.executable}\nprint('========= Error: Device not supported.')\nraise SystemExit(1)\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(trial_sanitizer, "program", lambda: str(fake))
+    with pytest.raises(trials.NotRun, match="doesn't support this device"):
+        qualify.items_of("sanitizer", "cpu", "memcheck map_scale")[0].run()
+
+
+# Starts a process that would outlive it, writes down its number, and waits.
+PARENT = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+child = [sys.executable, "-c", "import time; time.sleep(100)"]
+{}
+"""
+DIRECT = "open(sys.argv[1], 'w').write(f'{subprocess.Popen(child).pid} '); time.sleep(100)"
+APART = """
+from bench import trials
+text = "import subprocess, sys, time; child = " + repr(child) + "; "
+text += "open(sys.argv[1], 'w').write(f'{subprocess.Popen(child).pid} '); time.sleep(100)"
+trials.output([sys.executable, "-c", text, sys.argv[1]], 100)
+"""
+
+
+def child_of(path):
+    for _ in range(300):
+        if path.exists() and path.read_text().endswith(" "):
+            return int(path.read_text())
+        time.sleep(0.1)
+    raise AssertionError("it didn't start")
+
+
+def gone(pid):
+    """Whether a process ends within seconds; one that nobody has asked about yet has."""
+    for _ in range(50):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("how", [DIRECT, APART], ids=["its own child", "in a session of its own"])
+def test_what_a_worker_started_ends_with_it(tmp_path, how):
+    """Its own children, and what an item runs in a session of its own, such as the sanitizer."""
+    path = tmp_path / "number"
+    worker = qualify.Worker([sys.executable, "-c", PARENT.format(how), str(path)], tmp_path / "log.jsonl")
+    worker.start()
+    try:
+        pid = child_of(path)
+    finally:
+        worker.stop()
+    assert worker.process.poll() is not None
+    assert gone(pid)
+
+
+def test_no_worker_outlives_its_driver(tmp_path, monkeypatch):
+    """Not where the driver itself fails, either."""
+    started, start = [], qualify.Worker.start
+
+    def fail(self):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(qualify.Worker, "start", lambda self: started.append(self) or start(self))
+    monkeypatch.setattr(qualify.Worker, "look", fail)
+    with pytest.raises(OSError, match="no space"):
+        qualify.drive("correctness", "cpu", "^scale 2x3x7x7", 1, time.monotonic() + 60, tmp_path)
+    (worker,) = started
+    try:
+        assert worker.process.poll() is not None
+    finally:
+        worker.stop()
+
+
+@needs_proc
+def test_a_command_that_takes_too_long(tmp_path):
+    path = tmp_path / "number"
+    with pytest.raises(trials.Wrong, match="stopped after 3 s"):
+        trials.output([sys.executable, "-c", PARENT.format(DIRECT), str(path)], 3)
+    assert gone(child_of(path))
+
+
+def given(tmp_path, *more):
+    parser = argparse.ArgumentParser()
+    p = qualify.parser(parser.add_subparsers().add_parser)
+    return p.parse_args(["--only", "kernels", "--device", "cpu", "--out", str(tmp_path), *more])
+
+
+ROW = models.Row("scale", "1x1x1x1", "forward", "float32", "nchw", "cpu", "fused:cpp", "cpp", "", median_us=1.0)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(RuntimeError("CUDA error"), 0), (KeyboardInterrupt(), qualify.STOPPED)]
+)
+def test_figures_that_fail_take_nothing_away(tmp_path, monkeypatch, raised, status):
+    """What was measured is on disk before the device is asked for more."""
+
+    def fail(device):
+        raise raised
+
+    entries = [{"name": "a", "status": "passed", "rows": [ROW.dict()]}]
+    monkeypatch.setattr(qualify, "drive", lambda *_, **__: (entries, True, False))
+    monkeypatch.setattr(qualify.figures, "copy_gbps", fail)
+    assert qualify.qualify("kernels", given(tmp_path), "cpu", []) == status
+    (path,) = tmp_path.glob("*/kernels-*.json")
+    assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+def test_interrupted_while_it_compiles(tmp_path, monkeypatch):
+    """Nothing is timed after that."""
+    driven = []
+    monkeypatch.setattr(qualify, "drive", lambda *_, prepare=False, **__: driven.append(prepare) or ([], False, True))
+    monkeypatch.setattr(measure, "provenance", lambda *_: {"device_name": "a GPU"})
+    assert qualify.qualify("kernels", given(tmp_path), "cuda", []) == qualify.STOPPED
+    assert driven == [True]
+    assert not list(tmp_path.glob("*/*.json"))
+
+
+def test_clocks_stand_beside_what_was_timed(tmp_path, monkeypatch):
+    items = [trials.Item("timed", lambda: {"rows": [ROW.dict()]}), trials.Item("checked", lambda: {"error": 0.0})]
+    monkeypatch.setattr(qualify, "items_of", lambda *_: items)
+    monkeypatch.setattr(measure, "clocks", lambda: "1980 MHz")
+    log = tmp_path / "log.jsonl"
+    assert qualify.work("kernels", "cuda", "", "0/1", log, False) == 0
+    found = {e["name"]: e for e in qualify._entries(log) if e["status"] == "passed"}
+    assert found["timed"]["clocks"] == "1980 MHz"
+    assert "clocks" not in found["checked"]
 
 
 def test_no_sanitizer(monkeypatch):

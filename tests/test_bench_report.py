@@ -91,6 +91,47 @@ def test_every_kind_has_its_picture(results, tmp_path):
     assert {p.name for p in folder.iterdir()} == {*pictures, "index.html"}
 
 
+def shown(figure):
+    """The labels of a figure's legend, in order."""
+    return [t.get_text() for t in figure.legends[0].get_texts()]
+
+
+def drawn(rows, draw):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return draw(plt, [{"rows": [r.dict() for r in rows], "provenance": SOURCE}])
+
+
+def test_only_modes_that_were_measured_are_drawn():
+    make = lambda mode, impl, us, case="8x64x7x7": Row(
+        "SE (timm)", case, mode, "float32", "nchw", "cpu", impl, "", "", median_us=us
+    )
+    backward = [make("forward+backward", impl, us) for impl, us in (("fused", 1.0), ("eager", 2.0))]
+    figure = drawn(backward, plots._speedup)
+    assert [ax.get_title() for ax in figure.axes] == ["forward and backward"]
+    assert shown(figure) == ["64×7×7"]
+    more = [make("forward", impl, us, "8x32x9x9") for impl, us in (("fused", 1.0), ("eager", 2.0))]
+    figure = drawn(backward + more, plots._speedup)
+    assert [ax.get_title() for ax in figure.axes] == ["forward (inference)", "forward and backward"]
+    assert sorted(shown(figure)) == ["32×9×9", "64×7×7"]  # each is in one of the two alone
+
+
+def test_every_form_has_a_colour_and_a_label():
+    """Four ways to run, each fused and not, and one of the panels has only one of them."""
+    make = lambda mode, impl, us: Row("net", "8x3x64x64", mode, "float32", "nchw", "cpu", impl, "", "", median_us=us)
+    ways = ("", ", compiled", ", compiled, max-autotune", ", compiled without cudagraphs")
+    forms = [f"{what}{f}{how}" for how in ways for what in ("attention", "plain") for f in ("", ", fused")]
+    rows = [make("train-step", impl, 100.0 + 7 * i) for i, impl in enumerate(forms)]
+    rows = [make("inference", impl, us) for impl, us in (("attention", 2.0), ("plain", 1.0))] + rows
+    figure = drawn(rows, plots._tax)
+    assert len(shown(figure)) == 8
+    colours = {tuple(bars.patches[0].get_facecolor()) for bars in figure.axes[1].containers}
+    assert len(colours) == 8
+
+
 def test_the_page_needs_no_other_file(results):
     html = page.render(results, plots.draw(results))
     assert html.count("data:image/png;base64,") == 3
@@ -107,8 +148,10 @@ def test_no_result_no_picture(tmp_path):
 
 
 def gpu_rows(triton, eager, case="8x256x56x56"):
+    """`eager` is the op on that backend; beside it what users have, which is no backend, however fast it is."""
     base = ("scale", case, "forward", "float32", "nchw", "cuda")
-    return [Row(*base, f"fused:{b}", b, "", median_us=us) for b, us in (("triton", triton), ("eager", eager))]
+    plain = [Row(*base, impl, "", "", median_us=0.1) for impl in ("eager", "triton", "fused module:eager")]
+    return [Row(*base, f"fused:{b}", b, "", median_us=us) for b, us in (("triton", triton), ("eager", eager))] + plain
 
 
 def test_dispatch_table_of_no_gpu_is_empty(results):
