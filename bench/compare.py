@@ -128,7 +128,7 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     lines = [[*c.key, f"{c.before:.3g}", f"{c.after:.3g}", f"{c.slower:+.1f} %"] for c in found]
     head = ["op", "case", "mode", "dtype", "layout", "implementation", "in units of", "A", "B", "slower by"]
     print(table(head, lines, right=7))
-    alone = [sum(key not in other for key in own) for own, other in (sides, sides[::-1])]
+    alone = [sum(key not in other and key[:-1] not in failed for key in own) for own, other in (sides, sides[::-1])]
     print(f"\n{len(found)} rows in both; {alone[0]} only in A, {alone[1]} only in B")
     worse = [] if limit is None else [c for c in found if c.slower > limit]
     if worse:

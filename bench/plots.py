@@ -201,15 +201,16 @@ def taxes(contents: Contents) -> dict[tuple[str, str], dict[str, float]]:
 def _tax(plt: Any, contents: Contents) -> Any:
     found = taxes(contents)
     panels = list(dict.fromkeys(title for title, _ in found))
-    names = list(dict.fromkeys(name for _, name in found))
+    measured = {title: [name for other, name in found if other == title] for title in panels}  # not each in each mode
     forms = sorted({form for by in found.values() for form in by}, key=lambda f: (f.count("compiled"), len(f)))
-    height = 1.1 + len(panels) * (0.5 + 0.17 * len(names) * max(2, len(forms)))
+    heights = [0.5 + 0.17 * len(names) * max(2, len(forms)) for names in measured.values()]
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(WIDTH, height), sharex=True, squeeze=False, layout="constrained"
-    )
+        len(panels), 1, figsize=(WIDTH, 1.1 + sum(heights)), sharex=True, squeeze=False, layout="constrained",
+        height_ratios=heights,
+    )  # fmt: skip
     thick = 0.8 / len(forms)
     colours = [COLOURS[i] for i in (3, 0, 2, 1)] + list(COLOURS[4:])
-    for ax, title in zip(axes[:, 0], panels, strict=True):
+    for ax, (title, names) in zip(axes[:, 0], measured.items(), strict=True):
         for i, form in enumerate(forms):
             at = [(y, by[form]) for y, n in enumerate(names) if form in (by := found.get((title, n), {}))]
             if not at:
