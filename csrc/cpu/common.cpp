@@ -111,8 +111,7 @@ Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Sc
                        : dtype == ScalarType::Long   ? aoti_torch_dtype_int64()
                                                      : aoti_torch_dtype_bfloat16();
   // Not torch::stable::empty: it goes through the dispatcher by name, and costs three times as much.
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
