@@ -60,7 +60,7 @@ def _moments_kernel(
         tl.store(first_ptr + to, total, mask=mask)
     else:
         size = tl.sum(count, axis)
-        whole = tl.sum(count * mean, axis) / size
+        whole = tl.sum(count * mean, axis) / tl.maximum(size, 1)  # the last share may have nothing of a plane
         off = mean - (whole[:, None] if PLANES else whole[None, :])
         total = tl.sum(square + count * off * off, axis)
         if WHOLE:

@@ -30,6 +30,8 @@ RUNS = [
     ("map_scale", F32, "contiguous", dict(x=(2, 8, 7, 7), norm="positions", eps=1e-5)),
     ("map_scale", F64, "contiguous", dict(x=(2, 3, 11), norm="positions", eps=1e-3, correction=1.0)),
     ("map_scale", F16, "channels_last", dict(x=(2, 16, 3, 5), norm="positions", eps=1e-5)),
+    # The last of the programs that share a plane has nothing of it.
+    ("map_scale", F32, "contiguous", dict(x=(1, 4, 40, 64), norm="positions", eps=1e-5)),
     ("map_scale", F32, "sliced_channels_last", dict(x=(2, 5, 3, 3), norm="positions", eps=1e-5)),
     ("map_scale", F32, "channels_last", dict(x=(1, 3, 1400), norm="positions", eps=1e-5)),
     ("map_scale", F32, "contiguous", dict(x=(1, 1, 4099), norm="positions", eps=1e-5)),
