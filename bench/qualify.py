@@ -35,7 +35,7 @@ from fused_attn import backend
 
 from . import figures, measure, trial_correctness, trial_sanitizer, trial_speed
 from .support import ROOT, progress, write_json
-from .trials import Item, NotRun, end, kernels_of
+from .trials import Item, NotRun, end, kernels_of, shares
 
 PARTS: dict[str, Callable[[str], list[Item]]] = {
     "correctness": trial_correctness.items,
@@ -57,10 +57,13 @@ def work(part: str, device: str, match: str, share: str, log: Path, prepare: boo
     """A worker: runs its share of the items that the log doesn't have, and appends a line before and after each."""
     number, workers = map(int, share.split("/"))
     measure.prepare(device)
+    if part == "correctness":  # what isn't ours to prove must not move the figures
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     done = {entry["name"] for entry in _entries(log)}
     with log.open("a") as out:
         say = lambda **entry: (out.write(json.dumps(entry, default=str) + "\n"), out.flush())
-        for item in items_of(part, device, match)[number::workers]:
+        for item in shares(items_of(part, device, match), workers)[number]:
             if item.name in done:
                 continue
             say(name=item.name, status="begun", limit=item.seconds, at=time.time())
@@ -75,12 +78,15 @@ def work(part: str, device: str, match: str, share: str, log: Path, prepare: boo
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 entry = {"status": "failed", "reason": text[:2000]}
-                if device == "cuda" and "CUDA error" in text:
+                if device == "cuda" and re.search(r"CUDA error|Triton Error \[CUDA\]", text):
                     say(name=item.name, seconds=round(time.perf_counter() - start, 2), **entry)
                     os._exit(3)  # every later call in this process would fail as well
             say(name=item.name, seconds=round(time.perf_counter() - start, 2), **entry)
             if device == "cuda":
-                torch.cuda.empty_cache()
+                try:
+                    torch.cuda.empty_cache()
+                except RuntimeError:  # the device was lost after all
+                    os._exit(3)
     return 0
 
 
@@ -221,7 +227,7 @@ def qualify(part: str, options: argparse.Namespace, device: str, arguments: Sequ
     start = time.monotonic()
     cores = os.cpu_count() or 1
     before = resumed(part, options.resume)
-    workers = options.workers or (max(1, min(6, cores // 2)) if device == "cuda" else 1)
+    workers = options.workers or (max(1, min(14, cores - 2)) if device == "cuda" else 1)
     measure.prepare(device)
     source = measure.provenance(device, measure.command_line("bench", arguments))  # as long as the device answers
     with tempfile.TemporaryDirectory(prefix="fused_attn_") as temporary:
@@ -290,7 +296,7 @@ def parser(add: Any) -> argparse.ArgumentParser:
     p.add_argument("--resume", type=Path, metavar="JSON", help="go on from this result of the same part (--only)")
     p.add_argument("--match", default="", help="only items whose name matches this regular expression")
     p.add_argument("--minutes", type=float, default=9.0, help="time for one part (default: 9)")
-    p.add_argument("--workers", type=int, help="processes that share the GPU (default: half the cores, at most 6)")
+    p.add_argument("--workers", type=int, help="processes that share the GPU (default: all cores but two, at most 14)")
     for hidden in ("--worker", "--log"):
         p.add_argument(hidden, help=argparse.SUPPRESS)
     p.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)

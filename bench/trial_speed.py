@@ -2,50 +2,81 @@
 
 from collections.abc import Sequence
 
-from fused_attn.registry import OPS, case
+from fused_attn import testing
+from fused_attn.registry import OPS, Op, case
 
 from . import blocks, models, shapes, taxed
 from .contests import CONTESTS
 from .labels import SE, bench_ops
-from .measure import Row
+from .measure import Candidate, Row
 from .ops import Job
 from .trials import Item, NotRun, Payload, Wrong, backends_of
 
+Beside = tuple[str, ...]
+FULL, QUICK = ("eager", "inductor", "clone"), ("eager", "clone")
 COMPILED = ("seresnet50", "cbam_resnet50")
 
 
 def kernels(device: str) -> list[Item]:
-    """Timings, most valuable first."""
+    """Timings, most valuable first: everything once against eager and a copy, then with what takes minutes to
+    compile."""
     stages = [(c, s) for c, s, _ in shapes.SETS["resnet50"]]
     batches = (64, 8, 256) if device == "cuda" else (2,)
-    backends = tuple(dict.fromkeys((*backends_of(device), "eager")))  # between them the dispatch table chooses
+    kinds = (("bfloat16", "channels_last"), ("float32", "nchw"), ("bfloat16", "nchw"), ("float32", "channels_last"))
+    modes = ("forward", "forward+backward")
     found = []
+    for c, s in stages[1:3]:
+        found += [_squeeze(batches[0], c, s, *kinds[0], mode, device, QUICK) for mode in modes]
+        found += [_mechanism(batches[0], name, c, s, device, QUICK) for name in CONTESTS]
+    found += _others(device, QUICK)
     for n in batches:
-        for dtype, layout in (
-            ("bfloat16", "channels_last"), ("float32", "nchw"), ("bfloat16", "nchw"), ("float32", "channels_last"),
-        ):  # fmt: skip
-            for mode in ("forward", "forward+backward"):
-                for channels, s in stages:
-                    h = channels // 16
-                    c = case(x=(n, channels, s, s), w1=(h, channels), b1=(h,), w2=(channels, h), b2=(channels,))
-                    found.append(_timing(Job(OPS[SE], c, dtype, layout, mode, device, backends=backends)))
+        found += [_squeeze(n, c, s, *kind, mode, device) for kind in kinds for mode in modes for c, s in stages]
         found += [_mechanism(n, name, *shape, device) for shape in stages for name in CONTESTS if n == batches[0]]
-    for op in bench_ops():
-        for c in (c for c in op.cases if "bench" in c.tags and op.name != SE):
-            for mode in ("forward", "forward+backward"):
-                found.append(_timing(Job(op, c, "bfloat16", "nchw", mode, device, backends=backends)))
-    return found
+    return found + _others(device)
 
 
-def _mechanism(n: int, name: str, c: int, s: int, device: str) -> Item:
-    job = blocks.Job(
-        CONTESTS[name], n, c, s, "bfloat16", "channels_last", "forward+backward", device, ("eager", "inductor", "clone")
-    )
+def _squeeze(n: int, c: int, s: int, dtype: str, layout: str, mode: str, device: str, beside: Beside = FULL) -> Item:
+    h = c // 16
+    args = case(x=(n, c, s, s), w1=(h, c), b1=(h,), w2=(c, h), b2=(c,))
+    return _timing(Job(OPS[SE], args, dtype, layout, mode, device, beside, rivals(OPS[SE], device)))
 
-    def run() -> Payload:
-        return _rows(job.run(0.3, 0))
 
-    return Item(f"{job.title} {job.dtype} {job.layout}", run)
+def _others(device: str, beside: Beside = FULL) -> list[Item]:
+    """Every other op on its cases for the bench."""
+    return [
+        _timing(Job(op, c, "bfloat16", "nchw", mode, device, beside, rivals(op, device)))
+        for op in bench_ops()
+        for c in op.cases
+        for mode in ("forward", "forward+backward")
+        if "bench" in c.tags and op.name != SE
+    ]
+
+
+def rivals(op: Op, device: str) -> tuple[str, ...]:
+    """The backends between which the dispatch table chooses."""
+    return tuple(b for b in dict.fromkeys((*backends_of(device), "eager")) if testing.missing(op, b) is None)
+
+
+def _mechanism(n: int, name: str, c: int, s: int, device: str, beside: Beside = FULL) -> Item:
+    job = blocks.Job(CONTESTS[name], n, c, s, "bfloat16", "channels_last", "forward+backward", device, beside)
+    title = f"{job.title} {job.dtype} {job.layout}{_without(beside)}"
+    return Item(title, lambda: _rows(job.run(0.3, _number(beside))), lambda: _call_once(job.candidates()[1]))
+
+
+def _call_once(candidates: Sequence[Candidate]) -> None:
+    """Compiles everything into the caches on disk."""
+    for c in candidates:
+        with c.context():
+            c.calls[0]()
+
+
+def _number(beside: Beside) -> int:
+    """Which run of a case it is: the one without compilers is another."""
+    return int("inductor" not in beside)
+
+
+def _without(beside: Beside) -> str:
+    return "" if "inductor" in beside else ", not compiled"
 
 
 def _rows(rows: Sequence[Row]) -> Payload:
@@ -78,13 +109,10 @@ def _whole(job: models.Job, seconds: float, what: str) -> Item:
 
 
 def _timing(job: Job) -> Item:
-    def run() -> Payload:
-        return _rows(job.run(0.4))
-
-    def prepare() -> None:
-        """Compiles everything into the caches on disk."""
-        for c in job.candidates(job.subjects()[: None if job.device == "cuda" else 1]):
-            with c.context():
-                c.calls[0]()
-
-    return Item(f"{job.op.name} {job.label} {job.dtype} {job.layout} {job.mode}", run, prepare)
+    title = f"{job.op.name} {job.label} {job.dtype} {job.layout} {job.mode}{_without(job.baselines)}"
+    some = slice(None if job.device == "cuda" else 1)
+    return Item(
+        title,
+        lambda: _rows(job.run(0.4, _number(job.baselines))),
+        lambda: _call_once(job.candidates(job.subjects()[some])),
+    )

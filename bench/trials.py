@@ -26,12 +26,16 @@ class Wrong(AssertionError):
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to check or time. `run` returns what to keep; it raises NotRun, or anything else where it fails."""
+    """One thing to check or time. `run` returns what to keep; it raises NotRun, or anything else where it fails.
+
+    group: items of one group go to one worker, so that none compiles what another is compiling; empty: the first word
+    """
 
     name: str
     run: Callable[[], Payload | None]
     prepare: Callable[[], object] | None = None
     seconds: float = ITEM_SECONDS
+    group: str = ""
 
 
 def backends_of(device: str) -> tuple[str, ...]:
@@ -43,6 +47,17 @@ def backends_of(device: str) -> tuple[str, ...]:
 def kernels_of(device: str) -> str:
     """The backend whose kernels are on trial."""
     return backends_of(device)[0]
+
+
+def shares(items: Sequence[Item], workers: int) -> list[list[Item]]:
+    """The items of each worker, in their order: group by group, the largest first, to whom has least to do."""
+    groups: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault(item.group or item.name.split()[0], []).append(i)
+    found: list[list[int]] = [[] for _ in range(workers)]
+    for places in sorted(groups.values(), key=len, reverse=True):
+        min(found, key=len).extend(places)
+    return [[items[i] for i in sorted(places)] for places in found]
 
 
 def end(process: subprocess.Popen[Any], patience: float = 0.0) -> None:

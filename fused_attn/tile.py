@@ -114,12 +114,13 @@ def _tile(planes: bool, a: int, run: int, itemsize: int, sums: bool, several: bo
 def _share(planes: bool, n: int, down: int, along: int, sums: bool) -> tuple[tuple[int, int], int]:
     """The grid, and how many tiles one program sums.
 
-    Sums are split only where programs would be too few for any GPU (an H200 has 132 processors): it costs a launch.
+    Sums are split, which costs a launch, where programs would be too few to keep memory busy: 4 KB on the way for each,
+    of the 3 MB that an H200 needs (4.3 TB/s for 0.7 µs).
     """
     if not sums:
         return (n * down * along, 1), 1
     programs, tiles = (n * down, along) if planes else (n * along, down)
-    splits = 1 if programs >= 256 else max(1, min(triton.cdiv(512, max(programs, 1)), tiles // 4))
+    splits = 1 if programs >= 768 else max(1, min(triton.cdiv(1024, max(programs, 1)), tiles // 4))
     steps = triton.cdiv(tiles, splits)
     return (programs, triton.cdiv(tiles, steps)), steps
 

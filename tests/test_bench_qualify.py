@@ -35,6 +35,22 @@ def test_items(part, device):
     assert len(set(names)) == len(names)
 
 
+def test_each_item_has_one_worker_and_each_op_too():
+    items = qualify.items_of("correctness", "cuda", "")
+    found = trials.shares(items, 14)
+    assert sorted(i.name for share in found for i in share) == sorted(i.name for i in items)
+    place = {i.name: n for n, i in enumerate(items)}
+    assert all([place[i.name] for i in share] == sorted(place[i.name] for i in share) for share in found)
+    assert sum(any(i.name.startswith("scale ") and not i.group for i in share) for share in found) == 1
+    assert max(map(len, found)) < 2 * len(items) / len(found)
+
+
+def test_an_op_without_kernels_runs_as_the_device_runs_it(monkeypatch):
+    monkeypatch.setattr(trial_correctness, "kernels_of", lambda device: "triton")
+    assert trial_correctness.runnable(OPS["plane_conv"], "cuda") == ["eager"]
+    assert trial_correctness.runnable(OPS["scale"], "cuda") == ["triton", "eager"]
+
+
 def test_every_mechanism_and_op_is_on_trial():
     names = [i.name for i in qualify.items_of("correctness", "cuda", "")]
     for name in CONTESTS:
@@ -107,9 +123,9 @@ def test_mechanisms_come_at_one_shape_before_the_next():
 
 
 def test_the_dispatch_table_gets_its_eager_rows(monkeypatch):
-    """Every op is timed on eager as well: without that there is nothing to choose from."""
+    """Every op that has kernels is timed on eager as well: without that there is nothing to choose from."""
     made = []
-    monkeypatch.setattr(trial_speed.Job, "run", lambda self, seconds: made.append(self.backends) or [])
+    monkeypatch.setattr(trial_speed.Job, "run", lambda self, *_: made.append(self.backends) or [])
     monkeypatch.setattr(trial_speed, "backends_of", lambda device: ("triton",))
     for item in qualify.items_of("kernels", "cuda", "^(scale|pool_mlp_scale) .*forward$"):
         item.run()

@@ -15,29 +15,35 @@ from .. import tile
 from ..layout import accumulator
 from . import affine_kernels
 
-BLOCK = 128  # channels: a warp of four to a program, and some programs even for few channels
+# A program's tile: a cache line of channels, so that there are programs enough for few channels, by samples that are
+# loaded at once.
+ROWS, BLOCK = 16, 32
 
 
 @triton.jit
 def _batch_affine_fwd_kernel(
-    moments_ptr, weight_ptr, bias_ptr, both_ptr, statistics_ptr, N, C, SIZE, EPS: tl.constexpr, BLOCK: tl.constexpr
-):
+    moments_ptr, weight_ptr, bias_ptr, both_ptr, statistics_ptr, N, C, SIZE, EPS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = c < C
+    mask, rows = c < C, tl.arange(0, ROWS)
     far = N * C
     first = tl.load(moments_ptr + c, mask=mask, other=0)
-    mu, plain = tl.zeros_like(first), tl.zeros_like(first)
-    for n in range(N):  # differences to the first, which keep the digits of a mean that is far from 0
-        mean = tl.load(moments_ptr + n * C + c, mask=mask, other=0)
-        mu += mean - first
+    off = tl.zeros((ROWS, BLOCK), first.dtype)
+    plain = tl.zeros((ROWS, BLOCK), first.dtype)
+    for start in range(0, N, ROWS):  # differences to the first, which keep the digits of a mean that is far from 0
+        at, live = _place(start + rows, c, N, C)
+        mean = tl.load(moments_ptr + at, mask=live, other=0)
+        off += tl.where(live, mean - first[None, :], 0)
         plain += mean
-    mu = mu / N + first
-    mu = tl.where(mu - mu == 0, mu, plain / N)  # infinities have no difference
-    total = tl.zeros_like(first)
-    for n in range(N):
-        d = tl.load(moments_ptr + n * C + c, mask=mask, other=0) - mu
-        total += tl.load(moments_ptr + far + n * C + c, mask=mask, other=0) / SIZE + d * d
-    var = total / N
+    mu = tl.sum(off, 0) / N + first
+    mu = tl.where(mu - mu == 0, mu, tl.sum(plain, 0) / N)  # infinities have no difference
+    squares = tl.zeros((ROWS, BLOCK), first.dtype)
+    for start in range(0, N, ROWS):
+        at, live = _place(start + rows, c, N, C)
+        d = tl.load(moments_ptr + at, mask=live, other=0) - mu[None, :]
+        squares += tl.where(live, tl.load(moments_ptr + far + at, mask=live, other=0) / SIZE + d * d, 0)
+    var = tl.sum(squares, 0) / N
     a = 1 / tl.sqrt(var + EPS)
     if weight_ptr is not None:
         a = a * tl.load(weight_ptr + c, mask=mask, other=0).to(a.dtype)
@@ -46,48 +52,50 @@ def _batch_affine_fwd_kernel(
         b = tl.load(bias_ptr + c, mask=mask, other=0).to(a.dtype)
     tl.store(statistics_ptr + c, mu, mask=mask)
     tl.store(statistics_ptr + C + c, var, mask=mask)
-    for n in range(N):
-        d = tl.load(moments_ptr + n * C + c, mask=mask, other=0) - mu
-        tl.store(both_ptr + n * C + c, a, mask=mask)
-        tl.store(both_ptr + far + n * C + c, a * d + b, mask=mask)
+    for start in range(0, N, ROWS):
+        at, live = _place(start + rows, c, N, C)
+        d = tl.load(moments_ptr + at, mask=live, other=0) - mu[None, :]
+        tl.store(both_ptr + at, tl.broadcast_to(a[None, :], (ROWS, BLOCK)), mask=live)
+        tl.store(both_ptr + far + at, a[None, :] * d + b[None, :], mask=live)
 
 
 @triton.jit
 def _batch_affine_bwd_kernel(
-    moments_ptr,
-    dboth_ptr,
-    statistics_ptr,
-    weight_ptr,
-    dmoments_ptr,
-    dnorm_ptr,
-    N,
-    C,
-    SIZE,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    moments_ptr, dboth_ptr, statistics_ptr, weight_ptr, dmoments_ptr, dnorm_ptr, N, C, SIZE, EPS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = c < C
+    mask, rows = c < C, tl.arange(0, ROWS)
     far = N * C
     mu = tl.load(statistics_ptr + c, mask=mask, other=0)
     r = 1 / tl.sqrt(tl.load(statistics_ptr + C + c, mask=mask, other=1) + EPS)
     a = r
     if weight_ptr is not None:
         a = r * tl.load(weight_ptr + c, mask=mask, other=0).to(r.dtype)
-    t, dbias = tl.zeros_like(mu), tl.zeros_like(mu)
-    for n in range(N):
-        ds = tl.load(dboth_ptr + far + n * C + c, mask=mask, other=0)
-        d = tl.load(moments_ptr + n * C + c, mask=mask, other=0) - mu
-        t += tl.load(dboth_ptr + n * C + c, mask=mask, other=0) + ds * d
-        dbias += ds
+    ts = tl.zeros((ROWS, BLOCK), mu.dtype)
+    biases = tl.zeros((ROWS, BLOCK), mu.dtype)
+    for start in range(0, N, ROWS):
+        at, live = _place(start + rows, c, N, C)
+        ds = tl.load(dboth_ptr + far + at, mask=live, other=0)
+        d = tl.load(moments_ptr + at, mask=live, other=0) - mu[None, :]
+        ts += tl.where(live, tl.load(dboth_ptr + at, mask=live, other=0) + ds * d, 0)
+        biases += ds
+    t, dbias = tl.sum(ts, 0), tl.sum(biases, 0)
     tl.store(dnorm_ptr + c, r * t, mask=mask)
     tl.store(dnorm_ptr + C + c, dbias, mask=mask)
     dvar = -0.5 * r * r * a * t
-    for n in range(N):
-        ds = tl.load(dboth_ptr + far + n * C + c, mask=mask, other=0)
-        d = tl.load(moments_ptr + n * C + c, mask=mask, other=0) - mu
-        tl.store(dmoments_ptr + n * C + c, a * (ds - dbias / N) + 2 * dvar * d / N, mask=mask)
-        tl.store(dmoments_ptr + far + n * C + c, dvar / SIZE / N, mask=mask)
+    for start in range(0, N, ROWS):
+        at, live = _place(start + rows, c, N, C)
+        ds = tl.load(dboth_ptr + far + at, mask=live, other=0)
+        d = tl.load(moments_ptr + at, mask=live, other=0) - mu[None, :]
+        tl.store(dmoments_ptr + at, a[None, :] * (ds - dbias[None, :] / N) + 2 * dvar[None, :] * d / N, mask=live)
+        tl.store(dmoments_ptr + far + at, tl.broadcast_to((dvar / SIZE / N)[None, :], (ROWS, BLOCK)), mask=live)
+
+
+@triton.jit
+def _place(n, c, N, C):
+    """Where the values of these samples and channels lie, and whether there are such."""
+    return n[:, None] * C + c[None, :], (n < N)[:, None] & (c < C)[None, :]
 
 
 def batch_affine(
@@ -100,7 +108,7 @@ def batch_affine(
         return both, statistics.fill_(float("nan"))
     tile.launch(
         _batch_affine_fwd_kernel, (triton.cdiv(c, BLOCK),), moments, moments, affine_kernels.dense(weight),
-        affine_kernels.dense(bias), both, statistics, n, c, size, EPS=eps, BLOCK=BLOCK, num_warps=4,
+        affine_kernels.dense(bias), both, statistics, n, c, size, EPS=eps, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return both, statistics
 
@@ -117,7 +125,7 @@ def batch_affine_bwd(
         return dmoments.to(dtype), dnorm
     tile.launch(
         _batch_affine_bwd_kernel, (triton.cdiv(c, BLOCK),), moments, moments, dboth, statistics.contiguous(),
-        affine_kernels.dense(weight), dmoments, dnorm, n, c, size, EPS=eps, BLOCK=BLOCK, num_warps=4,
+        affine_kernels.dense(weight), dmoments, dnorm, n, c, size, EPS=eps, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return dmoments.to(dtype), dnorm
 

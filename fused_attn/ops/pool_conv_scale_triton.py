@@ -102,12 +102,17 @@ def _channel_conv_bwd_kernel(
 
 @triton.jit
 def _sum_parts_kernel(
-    parts_ptr, dw_ptr, dw1_ptr, db1_ptr, dbias_ptr, ROWS, H, SIZE, K: tl.constexpr, BLOCK: tl.constexpr
-):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(parts_ptr + i, mask=i < SIZE, other=0)
-    for row in range(1, ROWS):
-        total += tl.load(parts_ptr + row * SIZE + i, mask=i < SIZE, other=0)
+    parts_ptr, dw_ptr, dw1_ptr, db1_ptr, dbias_ptr, ROWS, H, SIZE, K: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    rows = tl.arange(0, TALL)
+    totals = tl.zeros((TALL, WIDE), parts_ptr.dtype.element_ty)
+    for start in range(0, ROWS, TALL):
+        row = start + rows
+        at = row.to(tl.int64)[:, None] * SIZE + i[None, :]
+        totals += tl.load(parts_ptr + at, mask=(row < ROWS)[:, None] & (i < SIZE)[None, :], other=0)
+    total = tl.sum(totals, 0)
     tl.store(dw_ptr + i, total.to(dw_ptr.dtype.element_ty), mask=i < H * K)
     if dw1_ptr is not None:
         tl.store(dw1_ptr + i - H * K, total.to(dw1_ptr.dtype.element_ty), mask=(i >= H * K) & (i < H * K + H))
@@ -162,8 +167,8 @@ def pool_conv_scale_bwd(
     grads = [None if w is None else torch.zeros(w.shape, dtype=w.dtype, device=w.device) for w in given]
     if n:
         tile.launch(
-            _sum_parts_kernel, (triton.cdiv(size, _BLOCK),), x, parts, *grads, n * blocks, h, size, K=k, BLOCK=_BLOCK,
-            num_warps=1,
+            _sum_parts_kernel, (triton.cdiv(size, 16),), x, parts, *grads, n * blocks, h, size, K=k, TALL=64, WIDE=16,
+            num_warps=4,
         )  # fmt: skip
     dweight, dw1, db1, dbias = (x.new_empty(0) if t is None else t for t in grads)
     written = keeps_e(epilogue, residual)

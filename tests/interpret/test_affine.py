@@ -25,6 +25,12 @@ RUNS = [
     ("channel_moments", F32, "contiguous", dict(x=(1, 33, 1, 1), extrema=True)),
     ("batch_affine", F32, "contiguous", dict(moments=(2, 4, 133), weight=(133,), bias=(133,), size=49, eps=1e-5)),
     ("batch_affine", F64, "contiguous", dict(moments=(2, 3, 5), size=49, eps=0.5)),
+    (
+        "batch_affine",
+        F32,
+        "contiguous",
+        dict(moments=(2, 19, 5), weight=(5,), bias=(5,), size=4, eps=1e-5),
+    ),  # two tiles of samples
     ("affine_apply", BF16, "contiguous", dict(x=(2, 8, 7, 7), residual=(2, 8, 7, 7), centre=(2, 8), act="relu")),
     ("affine_apply", F32, "sliced", dict(x=(2, 4, 7, 7), residual=(2, 4, 7, 7), act="silu")),
     ("affine_apply", F64, "contiguous", dict(x=(2, 3, 11), gate=(2, 3), centre=(2, 3), act="gelu")),
