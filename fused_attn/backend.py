@@ -322,6 +322,17 @@ def run(op: "Op", args: tuple[Any, ...], infer: bool, tensors: tuple[Tensor, ...
 
 
 @contextmanager
+def unobserved() -> Iterator[None]:
+    """Nobody is told of what runs inside the block: trials, of which no caller knows."""
+    kept = _observers[:]
+    _observers.clear()
+    try:
+        yield
+    finally:
+        _observers[:0] = kept
+
+
+@contextmanager
 def observe(observer: Callable[[Choice], None]) -> Iterator[None]:
     """Calls `observer` with every choice made inside the block, in any thread."""
     _observers.append(observer)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from . import log
-from .plan import KEY, READERS, Fused, Plan, Planned, Refused, Rule, fused_class, path, renew, rule_of
+from .plan import KEY, OURS, READERS, Fused, Plan, Planned, Refused, Rule, fused_class, path, renew, rule_of
 
 __all__ = ["Report", "Row", "fuse_", "unfuse_"]
 
@@ -269,6 +269,10 @@ def read(module: nn.Module, rule: Rule) -> Plan | str:
         return "has a forward of its own"
     if (own := next((name for name in rule.sources if name in vars(module)), None)) is not None:
         return f"has its own {own}"
+    attributes = vars(module)
+    for name in OURS:  # which would stand before it
+        if any(name in attributes.get(kept, ()) for kept in ("_modules", "_parameters", "_buffers")):
+            return f"{name} is the name of one of its children, and of an attribute of fused modules"
     try:
         plan = rule.plan(module)
         plan.seal(module)

@@ -17,6 +17,7 @@ import inspect
 import io
 import textwrap
 import tokenize
+import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -350,6 +351,10 @@ class Planned(nn.Module):
         )
 
 
+# Attributes of the classes below.
+OURS = ("rule", "original", "by_plan", "ahead")
+
+
 class Fused(Planned):
     """Base of the dynamic classes: a module of a foreign class that runs by a plan."""
 
@@ -390,6 +395,8 @@ class Rule:
             return f"{cls.__qualname__} looks up attributes by itself"
         if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _PICKLING):
             return f"{cls.__qualname__} is copied and pickled in a way of its own"
+        if any("__init_subclass__" in vars(base) for base in cls.__mro__[:-1]):
+            return f"{cls.__qualname__} has a say in its subclasses, of which a fused one would be one"
         for name, known in self.sources.items():
             method: Any = getattr(cls, name, None)
             where = f"{getattr(method, '__module__', '')}.{getattr(method, '__qualname__', '')}"
@@ -426,15 +433,34 @@ def fused_class(rule: Rule, original: type[nn.Module]) -> type["Fused"]:
     found = _classes.get((rule, original))
     if found is not None:
         return found
+    forward = _taking(rule.forward, original.forward)
     body = {
-        "forward": rule.forward,
-        "by_plan": rule.forward,
+        "forward": forward,
+        "by_plan": forward,
         "rule": rule,
         "original": original,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
     }
     made = _classes[rule, original] = type(f"Fused{original.__name__}", (Fused, original), body)
+    return made
+
+
+def _taking(forward: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule's forward with the name that x has in the original's, by which callers may pass it: the same code, where a
+    wrapper would cost every call."""
+    known = getattr(theirs, "__code__", None)
+    given = known.co_varnames[1] if known is not None and known.co_argcount > 1 else "x"
+    code = forward.__code__
+    mine = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    if given in mine or code.co_argcount < 2:
+        return forward
+    rename = lambda names: tuple(given if name == mine[1] else name for name in names)
+    made = types.FunctionType(
+        code.replace(co_varnames=rename(code.co_varnames), co_cellvars=rename(code.co_cellvars)),
+        forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__,
+    )  # fmt: skip
+    made.__module__, made.__qualname__, made.__doc__ = forward.__module__, forward.__qualname__, forward.__doc__
     return made
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backend import use_backend
+from ..backend import unobserved, use_backend
 from ..plan import KEY, Plan, Refused, author, path
 
 _BRANCHES = (
@@ -313,7 +313,7 @@ def agree(
             copies = (copy.deepcopy(module).to("cpu", torch.float64).requires_grad_(True) for _ in range(2))
             theirs, ours = (twin.train(training) for twin in copies)
             want = _step(theirs, lambda t: type(theirs).forward(theirs, t), x)  # noqa: B023
-            with use_backend("eager"):
+            with unobserved(), use_backend("eager"):
                 got = _step(ours, lambda t: run(ours, draft(ours), t), x)  # noqa: B023
         # A gradient that is 0 but for rounding (the bias before a batch norm) is measured by the largest one.
         floor = 1e-3 * max(float(t.norm()) for t in want)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan, Refused, Rule, register
+from ..plan import Plan, Refused, Rule, by_structure, register
 from ..registry import Block, case
 from .competing import NORMS, Competing, Head, convolution, divisible, foreign, known
 
@@ -211,6 +211,10 @@ class SelectiveKernel(Competing):
         return (maps * gates.reshape(gates.shape + (1,) * (maps.dim() - 3))).sum(1)
 
 
+def _insight(where: str) -> Rule:
+    return Rule(where, foreign, _Inline, {"forward": ("b26dd5d3b3d1",)})
+
+
 RULES = register(
     Rule(
         "timm.layers.selective_kernel.SelectiveKernel",
@@ -221,10 +225,11 @@ RULES = register(
     Rule("pytorchcv.models.sknet.SKConvBlock", foreign, _Concurrent, {"forward": ("66ce90d5d388",)}),
     # implus/PytorchInsight is no package: its class is named by wherever the file is imported from.
     *(
-        Rule(f"{where}resnet_sk.Bottleneck", foreign, _Inline, {"forward": ("b26dd5d3b3d1",)})
+        _insight(f"{where}resnet_sk.Bottleneck")
         for where in ("models.imagenet.", "classification.models.imagenet.", "")
     ),
 )
+by_structure("Bottleneck", _insight)
 
 Block(
     name="selective_kernel",

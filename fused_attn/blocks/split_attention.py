@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.pool_scale import pool_scale
-from ..plan import Plan, Refused, Rule, register
+from ..plan import Plan, Refused, Rule, by_structure, register
 from ..registry import Block, case
 from .competing import NORMS, Competing, Head, convolution, divisible, foreign, known
 
@@ -182,6 +182,11 @@ class SplitAttention(Competing):
         return (maps * gates.reshape(gates.shape + (1,) * len(size))).sum(1)
 
 
+def _published(where: str) -> Rule:
+    """ResNeSt's own class, wherever its file is imported from."""
+    return Rule(where, foreign, partial(_authors, where=where.rpartition(".")[0]), {"forward": ("fbeefd64b2ac",)})
+
+
 RULES = register(
     Rule(
         "timm.layers.split_attn.SplitAttn",
@@ -189,12 +194,10 @@ RULES = register(
         lambda module: _Splits(module, softmax=_RADIX_SOFTMAX),
         {"forward": ("0c32f6036781",)},
     ),
-    *(
-        Rule(f"{where}.SplAtConv2d", foreign, partial(_authors, where=where), {"forward": ("fbeefd64b2ac",)})
-        for where in ("resnest.torch.models.splat", "resnest.torch.splat")
-    ),
+    *(_published(f"{where}.SplAtConv2d") for where in ("resnest.torch.models.splat", "resnest.torch.splat")),
     Rule("pytorchcv.models.common.att.SABlock", foreign, _Radix, {"forward": ("f0c045c02c01",)}),
 )
+by_structure("SplAtConv2d", _published)
 
 Block(
     name="split_attention",
