@@ -13,10 +13,12 @@ The same results give the same bytes.
 import argparse
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fused_attn import ops
 from fused_attn.plan import RULES
 from fused_attn.registry import BLOCKS, OPS, Op
 
@@ -32,7 +34,9 @@ def _has_triton(op: Op) -> bool:
     spec = importlib.util.find_spec(op.eager.__module__ + "_triton")
     if spec is None or spec.origin is None:
         return False
-    return re.search(rf"^def {op.name}\(|^{op.name}\b.*=", Path(spec.origin).read_text(), re.M) is not None
+    return (
+        re.search(rf"^def {op.name}\(|^{op.name}\b.*=|\bas {op.name}$", Path(spec.origin).read_text(), re.M) is not None
+    )
 
 
 def _has_cpp(op: Op) -> bool:
@@ -40,7 +44,13 @@ def _has_cpp(op: Op) -> bool:
     return any(re.search(rf"^FA_REGISTER\({op.name}\)", s.read_text(), re.M) for s in sources)
 
 
-def _first_sentence(op: Op) -> str:
+def _owned(function: Any) -> list[Op]:
+    """The ops that a function of several runs: those its file declares, else those that it imports."""
+    known = [v for v in vars(sys.modules[function.__module__]).values() if isinstance(v, Op)]
+    return [op for op in known if op.eager.__module__ == function.__module__] or known
+
+
+def _first_sentence(op: Any) -> str:
     text = " ".join((op.__doc__ or "").split())
     return re.split(r"[:.;] |[.]$", text, maxsplit=1)[0]
 
@@ -57,18 +67,23 @@ def support(root: Path = ROOT) -> str:
             f"`{op.name}`", _first_sentence(op), "yes",
             yes(all(map(_has_triton, halves))), yes(all(map(_has_cpp, halves))), "yes" if len(halves) > 1 else "",
         ])  # fmt: skip
-    halves = [OPS["pool_scale_reduce"], OPS["pool_scale_apply"], OPS["channel_pool"], OPS["scale"]]
-    rows.append([
-        "`pool_scale`", "Both ends around any small excite", "yes",
-        yes(all(map(_has_triton, halves))), yes(all(map(_has_cpp, halves))), "yes",
-    ])  # fmt: skip
+    for name in ops.__all__:
+        function = getattr(ops, name)
+        if not isinstance(function, Op):  # it owns several ops and what lies between them
+            parts_of = _owned(function)
+            rows.append([
+                f"`{name}`", _first_sentence(function), "yes",
+                yes(all(map(_has_triton, parts_of))), yes(all(map(_has_cpp, parts_of))), "yes",
+            ])  # fmt: skip
     head = ["op", "what it does", "eager PyTorch", "Triton (GPU)", "C++ (CPU)", "backward"]
     parts = [markdown(head, rows)]
     rows = []
     for block in BLOCKS.values():
         title, _, link = block.paper.rpartition(", ")
-        converts = ", ".join(f"`{r.path}`" for r in block.rules)
-        rows.append([f"`{block.module.__name__}`", f"[{title}]({link})", converts])
+        known = ", ".join(f"`{r.path}`" for r in block.rules)
+        ports = ", ".join(f"`{name}`" for name in block.ports)
+        converts = [known, f"by name and source: {ports}" if ports else ""]
+        rows.append([f"`{block.module.__name__}`", f"[{title}]({link})", "; ".join(filter(None, converts))])
     parts.append(markdown(["module", "paper", "`fuse_` converts"], rows))
     tails = [f"`{rule.path}`" for rule in RULES.values() if rule.tail is not None]
     if tails:

@@ -248,6 +248,7 @@ class Block:
     name: the registry's key; module: the nn.Module class; paper: title, link
     ops: names of the ops it runs; rules: conversion rules (fused_attn.plan.Rule)
     cases: constructor arguments and input shape, `case(args=dict(channels=64), x=(2, 64, 7, 7))`
+    ports: names of classes that are known by their source, wherever they are imported from
     """
 
     name: str
@@ -256,6 +257,8 @@ class Block:
     ops: tuple[str, ...]
     rules: tuple[Any, ...] = ()
     cases: tuple[Case, ...] = field(default=())
+    ports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         BLOCKS[self.name] = self
+        self.module.__doc__ = f"{inspect.cleandoc(self.module.__doc__ or '')}\n\nSource: {self.paper}."

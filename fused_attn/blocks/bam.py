@@ -232,6 +232,7 @@ Block(
     module=BAM,
     paper="Park et al., BAM: Bottleneck Attention Module, https://arxiv.org/abs/1807.06514",
     ops=("bam_scale",),
+    ports=("BAM", "BAMBlock"),
     rules=BAM_RULES,
     cases=(
         case(args={"channels": 32}, x=(3, 32, 9, 8)),

@@ -510,6 +510,7 @@ Block(
     module=CBAM,
     paper="Woo et al., CBAM: Convolutional Block Attention Module, https://arxiv.org/abs/1807.06521",
     ops=("affine_dual_scale", "dual_scale", "plane_conv", "pool_scale", "shared_mlp"),
+    ports=("CBAM", "CBAMBlock"),
     rules=CBAM_RULES,
     cases=(
         case(args={"channels": 32}, x=(3, 32, 9, 8)),

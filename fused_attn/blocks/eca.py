@@ -261,6 +261,7 @@ Block(
     module=ECA,
     paper="Wang et al., ECA-Net: Efficient Channel Attention, https://arxiv.org/abs/1910.03151",
     ops=("pool_conv_scale",),
+    ports=("eca_layer", "ECALayer", "ECAAttention"),
     rules=ECA_RULES,
     cases=(
         case(args={"channels": 64}, x=(2, 64, 7, 7)),

@@ -168,6 +168,7 @@ Block(
     module=PyramidSqueezeAttention,
     paper="Zhang et al., EPSANet: An Efficient Pyramid Squeeze Attention Block, https://arxiv.org/abs/2105.14447",
     ops=("branch_softmax",),
+    ports=("PSAModule",),
     rules=RULES,
     cases=(
         case(args={"inplans": 64, "planes": 64}, x=(2, 64, 7, 7)),

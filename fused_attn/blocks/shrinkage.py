@@ -172,6 +172,7 @@ Block(
     module=Shrinkage,
     paper="Zhao et al., Deep Residual Shrinkage Networks for Fault Diagnosis, https://doi.org/10.1109/TII.2019.2943898",
     ops=("pool_soft_threshold",),
+    ports=("Shrinkage", "RSBU_CW", "RSBU_CS"),
     cases=(
         case(args={"channels": 32}, x=(3, 32, 25)),
         case(args={"channels": 24, "threshold": "shared"}, x=(3, 24, 9, 5)),

@@ -132,6 +132,7 @@ Block(
     module=ShuffleAttention,
     paper="Zhang & Yang, SA-Net: Shuffle Attention for Deep CNNs, https://arxiv.org/abs/2102.00240",
     ops=("plane_gate_shuffle",),
+    ports=("sa_layer", "SALayer", "ShuffleAttention"),
     cases=(
         case(args={"channels": 128}, x=(2, 128, 7, 7)),
         case(args={"channels": 36, "groups": 6}, x=(3, 36, 13)),

@@ -95,6 +95,7 @@ Block(
     module=SpatialGroupEnhance,
     paper="Li et al., Spatial Group-wise Enhance, https://arxiv.org/abs/1905.09646",
     ops=("group_similarity_scale",),
+    ports=("SpatialGroupEnhance",),
     cases=(
         case(args={}, x=(2, 64, 7, 7)),
         case(args={"groups": 3, "bias_init": 0.0}, x=(3, 33, 13)),

@@ -204,6 +204,7 @@ Block(
     module=SplitAttention,
     paper="Zhang et al., ResNeSt: Split-Attention Networks, https://arxiv.org/abs/2004.08955",
     ops=("branch_softmax",),
+    ports=("SplAtConv2d",),
     rules=RULES,
     cases=(
         case(args={"in_channels": 16, "norm_layer": nn.BatchNorm2d}, x=(4, 16, 7, 7)),
