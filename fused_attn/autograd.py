@@ -8,7 +8,7 @@ Each has been seen to slip through a simpler check (inside vmap, `type(x) is Ten
 of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 # operator.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, float, int, bool})
 _is_compiling = torch.compiler.is_compiling
-_NO_SECOND = "fused_attn.{}: a second derivative of a fused op is not available"
+_NO_SECOND = (
+    "fused_attn.{}: a second derivative of a fused op is not available; fused_attn.unfuse_(model) gives a model that has it"
+)
+_NO_FORWARD = (
+    "fused_attn.{}: forward-mode differentiation (jvp) of a fused op is not available; use torch.func.vjp or grad, or "
+    "fused_attn.unfuse_(model)"
+)
 
 
 def is_watched() -> bool:
@@ -82,7 +88,8 @@ def launching(op: "Op") -> Callable[..., Any]:
             if grads[0] is None:
                 return (None,) * len(ctx.needs_input_grad)
             saved, needs = ctx.saved_tensors, call.spread((*ctx.needs_input_grad, False))
-            return None, *call.pick(once(lambda: differentiate(saved, consts, grads, needs), forced, op.name))
+            back = lambda: differentiate(saved, consts, grads, needs)
+            return None, *call.pick(once(back, forced, op.name, (*saved, *grads)))
 
     _name(Function, op)
     # Function.apply itself looks for transforms, of which there are none here, and unwraps what they left behind, which
@@ -91,10 +98,14 @@ def launching(op: "Op") -> Callable[..., Any]:
     return apply
 
 
-def once(backward: Callable[[], tuple[Tensor | None, ...]], forced: str, name: str) -> tuple[Tensor | None, ...]:
+def once(
+    backward: Callable[[], tuple[Tensor | None, ...]], forced: str, name: str, given: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """Runs a backward on the forward's backend; what is differentiated again raises, whatever it depends on.
 
-    `once_differentiable` isn't enough: it lets a second derivative pass as 0 where the incoming gradient is a constant.
+    given: what the gradients are functions of: saved tensors, incoming gradients
+    `once_differentiable` isn't enough: it lets a second derivative pass as 0 where the incoming gradient is a constant,
+    and `torch.autograd.grad`, which asks for the way to its inputs alone, finds none and calls them unused.
     """
     if _is_compiling():  # which differentiates once only, by itself
         return backward()
@@ -107,6 +118,7 @@ def once(backward: Callable[[], tuple[Tensor | None, ...]], forced: str, name: s
     if not torch.is_grad_enabled():
         return back
     found = [t.detach().requires_grad_() for t in back if t is not None]
+    found += [t for t in given if t is not None and t.requires_grad]
     outs = torch._C._functions.DelayedError(_NO_SECOND.format(name).encode(), len(found))(*found)
     marked = iter(outs if isinstance(outs, tuple) else (outs,))
     return tuple(None if t is None else next(marked) for t in back)
@@ -132,6 +144,10 @@ def transformed(op: "Op") -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             return _back(op, ctx, grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            raise RuntimeError(_NO_FORWARD.format(op.name))
 
     _name(Function, op)
     return Function

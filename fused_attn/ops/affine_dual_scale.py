@@ -287,12 +287,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "affine_dual_scale")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "affine_dual_scale", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The three passes, and the gradients of the three functions between them."""
-        x, aux, given, both, p, rise, values, index, gate, a, affine, q, within, pixel, *params = ctx.saved_tensors
+        x, aux, given, both, p, rise, values, index, gate, a, affine, q, within, pixel, *params = saved
         o: _Options = ctx.options
         acc, dy = accumulator(x.dtype), match(dy, x)
         (normal, channel, planar), needs = o.share(params), o.share(ctx.needs_input_grad[3:])

@@ -261,12 +261,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "branch_moments_affine")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "branch_moments_affine", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        both, given, *tensors = ctx.saved_tensors
+        both, given, *tensors = saved
         count, merge, _, act, slope = ctx.options
         x, params = tensors[0], tensors[count:]
         more = (*tensors[1:count], *(None,) * (branches.MOST - count))

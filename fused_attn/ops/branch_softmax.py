@@ -184,12 +184,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "branch_softmax")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "branch_softmax", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        gate, p, *tensors = ctx.saved_tensors
+        gate, p, *tensors = saved
         given, _, _, merge = ctx.options
         x, params = tensors[0], tensors[given:]
         more = (*tensors[1:given], *(None,) * (branches.MOST - given))

@@ -128,7 +128,7 @@ class _Await(torch.autograd.Function):
     def backward(ctx: Any, other: Tensor) -> tuple[Tensor, None]:
         dy, gate, pixel, dmean, merge = ctx.awaited.pop("merge")
         back = lambda: (merge_scale_apply(dy, match(other, dy), gate, pixel, dmean, None, None, merge),)
-        (dx,) = once(back, ctx.backend, "bam_scale")
+        (dx,) = once(back, ctx.backend, "bam_scale", (other, dy))
         return dx, None  # type: ignore[return-value]
 
 
@@ -150,11 +150,12 @@ class _Bam(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Bam.back(ctx, dy), ctx.backend, "bam_scale")
+        saved = ctx.saved_tensors
+        return once(lambda: _Bam.back(ctx, saved, dy), ctx.backend, "bam_scale", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, p, pixel, *params = ctx.saved_tensors
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, p, pixel, *params = saved
         excite, merge, awaited = ctx.consts
         dy = match(dy, x)
         dgate, dpixel = merge_scale_reduce(x, dy, gate, pixel, merge)
@@ -211,11 +212,12 @@ class _Scse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Scse.back(ctx, dy), ctx.backend, "scse_scale")
+        saved = ctx.saved_tensors
+        return once(lambda: _Scse.back(ctx, saved, dy), ctx.backend, "scse_scale", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, p, plane, gate, pixel, *params = ctx.saved_tensors
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, p, plane, gate, pixel, *params = saved
         excites, split, merge = ctx.consts
         dy, needs = match(dy, x), ctx.needs_input_grad[5:]
         dgate, dpixel = merge_scale_reduce(x, dy, gate, pixel, merge)

@@ -17,7 +17,7 @@ Backward has two halves with the excite's between them:
 e is the residual's gradient; where there is no residual, it isn't written, and the second half computes it again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -150,12 +150,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "moments_affine")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "moments_affine", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        x, both, index, aux, given, *params = ctx.saved_tensors
+        x, both, index, aux, given, *params = saved
         excite, act, slope, residual = ctx.consts
         dy, scale, shift, mean = match(dy, x), both[0], both[1], mean_of(given)
         sums, e = moments_affine_reduce(x, dy, scale, shift, mean, aux, act, slope, residual)

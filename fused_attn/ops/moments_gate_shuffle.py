@@ -18,7 +18,7 @@ Forward reads x twice. Backward has two halves with the excite's between them; e
 e is the residual's gradient; where there is no residual, it isn't written, and the second half computes it again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -199,12 +199,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "moments_gate_shuffle")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "moments_gate_shuffle", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        x, values, aux, given, *params = ctx.saved_tensors
+        x, values, aux, given, *params = saved
         excite, k, act, slope, residual = ctx.consts
         dy, mean, written = match(dy, x), given[0], keeps_e(act, residual)
         sums, e = gate_shuffle_reduce(x, dy, mean, values, aux, k, act, slope, residual)
