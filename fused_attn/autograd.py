@@ -8,6 +8,7 @@ Each has been seen to slip through a simpler check (inside vmap, `type(x) is Ten
 of them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, float, int, bool})
 _is_compiling = torch.compiler.is_compiling
 _NO_SECOND = (
-    "fused_attn.{}: a second derivative of a fused op is not available; fused_attn.unfuse_(model) gives a model that has it"
+    "fused_attn.{}: a second derivative of a fused op is not available; a converted model has it after "
+    "fused_attn.unfuse_(model)"
 )
 _NO_FORWARD = (
-    "fused_attn.{}: forward-mode differentiation (jvp) of a fused op is not available; use torch.func.vjp or grad, or "
-    "fused_attn.unfuse_(model)"
+    "fused_attn.{}: forward-mode differentiation (jvp) of a fused op is not available; torch.func.vjp and grad are, "
+    "and a converted model has it after fused_attn.unfuse_(model)"
 )
 
 
@@ -179,6 +181,26 @@ def _back(op: "Op", ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor 
     needs = ctx.needs_input_grad + (False,) * (op.arity - len(ctx.needs_input_grad))
     back = op.backward(ctx.saved_tensors, ctx.consts, grads, needs[: len(op.tensors)])
     return back + (None,) * (op.arity - len(back))
+
+
+def traced(function: Callable[..., Any], *args: Any, **options: Any) -> torch.fx.Proxy:
+    """One node of torch.fx that calls a function which asks for shapes and dtypes, where symbols stand for tensors.
+
+    What can be called among the arguments has no place in a graph, and becomes part of the node's target.
+    """
+    proxy = next(a for a in args if isinstance(a, torch.fx.Proxy))
+    known = {i: a for i, a in enumerate(args) if callable(a) and not isinstance(a, (torch.fx.Proxy, Tensor))}
+    rest = [i for i in range(len(args)) if i not in known]
+    named = {name: options.pop(name) for name, value in list(options.items()) if callable(value)
+             and not isinstance(value, (torch.fx.Proxy, Tensor))}  # fmt: skip
+
+    @functools.wraps(function)
+    def call(*given: Any, **more: Any) -> Any:
+        every = {**known, **dict(zip(rest, given, strict=True))}
+        return function(*(every[i] for i in range(len(every))), **named, **more)
+
+    node: torch.fx.Proxy = proxy.tracer.create_proxy("call_function", call, tuple(args[i] for i in rest), options)
+    return node
 
 
 def no_second(op: "Op") -> RuntimeError:

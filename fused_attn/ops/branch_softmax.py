@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..layout import accumulator
 from ..registry import op
@@ -132,12 +132,15 @@ def branch_softmax(
     if (excite is None) == (logits is None):
         raise ValueError("give either excite or logits; got " + ("neither" if excite is None else "both"))
     x, more = maps[0], (*maps[1:], *(None,) * (branches.MOST - len(maps)))
-    opaque = is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy)
-    if not isinstance(cast(Any, x), torch.fx.Proxy):
-        if len(maps) > 1 and splits != 1:
-            raise ValueError(f"splits must be 1 where branches are given one by one; got {splits}")
-        branches.check(x, more, len(maps) if len(maps) > 1 else splits, "splits")
-        checks.one_of("merge", merge, branches.MERGES)
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(
+            branch_softmax, *maps, excite=excite, params=params, logits=logits, splits=splits, groups=groups, each=each,
+            merge=merge,
+        )  # fmt: skip
+    if len(maps) > 1 and splits != 1:
+        raise ValueError(f"splits must be 1 where branches are given one by one; got {splits}")
+    branches.check(x, more, len(maps) if len(maps) > 1 else splits, "splits")
+    checks.one_of("merge", merge, branches.MERGES)
     count = max(len(maps), splits)
     channels = x.shape[1] // splits
     if channels % groups:
@@ -152,7 +155,7 @@ def branch_softmax(
         first, *kept = found if isinstance(found, tuple) else (found,)
         return gates_of(first, count, channels, groups), *kept
 
-    if opaque:
+    if is_transformed() or torch.jit.is_tracing():
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         gate, kept = excite_.split(weigh(branch_pool(x, *more, splits, each), *params))
         y: Tensor = branch_scale(x, gate, *more, merge)

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..layout import accumulator, like, match
 from ..registry import op
@@ -85,8 +85,7 @@ def project(x: Tensor, gate: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
 
 def _plain(x: Any) -> bool:
     """Whether nobody wants to look into an autograd.Function."""
-    return not (is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or isinstance(cast(Any, x), torch.fx.Proxy))  # fmt: skip
+    return not (is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def bam_scale(
@@ -103,6 +102,8 @@ def bam_scale(
     Returns y, or (y, *statistics).
     Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
     """
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(bam_scale, x, channel_excite, spatial, *params, merge=merge)
     checks.feature_map("x", x)
     excite_.check(channel_excite, params)
     if not _plain(x):
@@ -177,6 +178,10 @@ def scse_scale(
 
     Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
     """
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(
+            scse_scale, x, weight, channel_excite, spatial_excite, channel_params, spatial_params, merge=merge
+        )  # type: ignore[return-value]
     checks.feature_map("x", x)
     checks.shaped("weight", weight, x.shape[1:2], "(C,)")
     excite_.check(channel_excite, channel_params)

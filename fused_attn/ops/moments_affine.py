@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..layout import like, match
 from ..registry import op
@@ -108,7 +108,11 @@ def moments_affine(
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, options, or a result of excite that
     isn't (2, N, C).
     """
-    if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(
+            moments_affine, x, excite, *params, descriptor=descriptor, residual=residual, act=act, slope=slope
+        )
+    if is_transformed() or torch.jit.is_tracing():
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         given, _ = describe(x, descriptor)
         (scale, shift), kept = excite_.split(excite(given, *params))

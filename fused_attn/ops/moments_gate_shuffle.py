@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..layout import accumulator, like, match
 from ..registry import op
@@ -159,7 +159,9 @@ def moments_gate_shuffle(
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, options, or a result of excite that
     isn't (4, N, C).
     """
-    if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(moments_gate_shuffle, x, excite, *params, k=k, residual=residual, act=act, slope=slope)
+    if is_transformed() or torch.jit.is_tracing():
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         given = channel_moments(x)
         values, kept = excite_.split(excite(given, *params))
