@@ -140,7 +140,8 @@ def transformed(op: "Op") -> type[torch.autograd.Function]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             _keep(op, ctx, inputs, output)
-            if isinstance(output, tuple):
+            # All outputs of a backward are gradients, and being asked for theirs it must raise.
+            if isinstance(output, tuple) and op.backward is not None:
                 ctx.mark_non_differentiable(*output[1:])
 
         @staticmethod

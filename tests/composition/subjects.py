@@ -236,9 +236,9 @@ def run(module: Callable[..., Any], maps: Sequence[Tensor], parameters: Sequence
     return y.detach(), list(grads)
 
 
-def same(found: tuple[Tensor, list[Any]], expected: tuple[Tensor, list[Any]], within: float = 1e-9) -> None:
+def same(found: tuple[Tensor, list[Any]], expected: tuple[Tensor, list[Any]], within: float = 1e-7) -> None:
     """Outputs and gradients agree; no gradient is as good as zeros. Differences count against the largest of a tensor,
-    or of all gradients where a tensor is rounding alone."""
+    or of all gradients where a tensor is rounding alone. `F.hardsigmoid`'s backward rounds 1/6 to float32."""
     (y, grads), (want, wanted) = found, expected
     assert (y.shape, y.dtype) == (want.shape, want.dtype)
     assert testing.error(y, want) <= within, f"output: {testing.error(y, want):.1e}"
