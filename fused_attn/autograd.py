@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, float, int, bool})
 _is_compiling = torch.compiler.is_compiling
 _NO_SECOND = (
-    "fused_attn.{}: a second derivative of a fused op is not available; a converted model has it after "
-    "fused_attn.unfuse_(model)"
+    "fused_attn.{}: a second derivative of a fused op is not available, nor the first one of some parts that an "
+    "exported program holds; a converted model has it after fused_attn.unfuse_(model), a program after "
+    "run_decompositions(fused_attn.decompositions())"
 )
 _NO_FORWARD = (
     "fused_attn.{}: forward-mode differentiation (jvp) of a fused op is not available; torch.func.vjp and grad are, "

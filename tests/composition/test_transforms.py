@@ -256,7 +256,9 @@ def test_half_maps_beside_float32_weights(subject: Subject, dtype: torch.dtype) 
     """Without autocast. A block that convolves maps raises as PyTorch's convolution does."""
     module, plain = pair(subject, torch.float32)
     maps = subject.maps(dtype)
-    if subject.name.partition("-")[0] in CONVOLVING and any("conv" in type(m).__name__.lower() for m in module.modules()):
+    if subject.name.partition("-")[0] in CONVOLVING and any(
+        "conv" in type(m).__name__.lower() for m in module.modules()
+    ):
         with pytest.raises(RuntimeError, match="should be the same"):
             module(*maps)
         return
