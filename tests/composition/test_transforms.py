@@ -221,9 +221,9 @@ def test_second_derivative_by_torch_func(subject: Subject) -> None:
     one, h = torch.ones((), dtype=F64), 1e-5
     try:
         found = torch.func.grad(slope)(one)
-    except RuntimeError as error:
-        assert "fused_attn." in str(error)
-        assert "second derivative" in str(error)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match=SECOND):
+            torch.func.grad(slope)(one)
         return
     expected = (slope(one + h) - slope(one - h)) / (2 * h)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -256,9 +256,8 @@ def test_half_maps_beside_float32_weights(subject: Subject, dtype: torch.dtype) 
     """Without autocast. A block that convolves maps raises as PyTorch's convolution does."""
     module, plain = pair(subject, torch.float32)
     maps = subject.maps(dtype)
-    if subject.name.partition("-")[0] in CONVOLVING and any(
-        "conv" in type(m).__name__.lower() for m in module.modules()
-    ):
+    convolutions = [m for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    if subject.name.partition("-")[0] in CONVOLVING and convolutions:
         with pytest.raises(RuntimeError, match="should be the same"):
             module(*maps)
         return
