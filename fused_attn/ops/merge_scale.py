@@ -112,25 +112,30 @@ def bam_scale(
         y: Tensor = scale(x, gate, None, pixel, "identity", 0.01, merge)
         return (y, *kept) if kept else y
     awaited: dict[str, Any] = {}
-    pixel = spatial(_Await.apply(x, awaited))
-    y, *statistics = _Bam.apply(x.detach(), pixel, channel_excite, merge, awaited, *params)
+    through, token = _Await.apply(x, awaited)
+    y, *statistics = _Bam.apply(x.detach(), token, spatial(through), channel_excite, merge, awaited, *params)
     return (y, *statistics) if statistics else y
 
 
 class _Await(torch.autograd.Function):
-    """x on its way into the spatial branch. Its backward comes last, when all that x gets is known."""
+    """x on its way into the spatial branch, and an empty token into the merge. Its backward comes last, when all that x
+    gets is known; by the token it comes though the branch doesn't depend on x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, awaited: dict[str, Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, awaited: dict[str, Any]) -> tuple[Tensor, Tensor]:
         ctx.awaited, ctx.backend = awaited, forced()
-        return x.view_as(x)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, other: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, other: Tensor | None, token: Tensor | None) -> tuple[Tensor | None, None]:
+        if token is None:  # only the branch is differentiated
+            return other, None
         dy, gate, pixel, dmean, merge = ctx.awaited.pop("merge")
+        other = torch.zeros_like(dy) if other is None else other
         back = lambda: (merge_scale_apply(dy, match(other, dy), gate, pixel, dmean, None, None, merge),)
         (dx,) = once(back, ctx.backend, "bam_scale", (other, dy))
-        return dx, None  # type: ignore[return-value]
+        return dx, None
 
 
 class _Bam(torch.autograd.Function):
@@ -138,8 +143,8 @@ class _Bam(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, pixel: Tensor, excite: Callable[..., Any], merge: str, awaited: dict[str, Any],
-        *params: Tensor,
+        ctx: Any, x: Tensor, token: Tensor, pixel: Tensor, excite: Callable[..., Any], merge: str,
+        awaited: dict[str, Any], *params: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         p = channel_pool(x, "mean")
         gate, statistics = excite_.run(excite, (p,), params, x.shape[:2], "(N, C)")
@@ -160,9 +165,9 @@ class _Bam(torch.autograd.Function):
         excite, merge, awaited = ctx.consts
         dy = match(dy, x)
         dgate, dpixel = merge_scale_reduce(x, dy, gate, pixel, merge)
-        (dp,), dparams = excite_.gradient(excite, (p,), params, dgate.to(gate.dtype), ctx.needs_input_grad[5:])
+        (dp,), dparams = excite_.gradient(excite, (p,), params, dgate.to(gate.dtype), ctx.needs_input_grad[6:])
         awaited["merge"] = dy, gate, pixel, dp, merge
-        return None, dpixel.to(pixel.dtype), None, None, None, *dparams
+        return None, dy.new_empty(0), dpixel.to(pixel.dtype), None, None, None, *dparams
 
 
 def scse_scale(

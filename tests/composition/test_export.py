@@ -1,7 +1,7 @@
 """torch.export, and what is made of exported programs: files, AOTInductor's packages, ONNX models.
 
-In `make test`: export, save, load and decomposition of one case of each op and block; AOTInductor, which runs a C++
-compiler, of one block, and ONNX of one. The others of these two under `slow`.
+In `make test`: export, save, load and decomposition of each block and each op that takes functions, and ONNX of one
+block. Under `slow`: the other ops, other ONNX models, and AOTInductor, which runs a C++ compiler.
 """
 
 import copy
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import fused_attn
 from fused_attn import OPS, testing
 from fused_attn.registry import Op
-from tests.composition.subjects import FEW, Subject, over, run, same
+from tests.composition.subjects import FEW, OP_CASES, Subject, over, run, same
 from tests.composition.test_transforms import within
 
 BATCH = 5
 QUICK = [s for s in FEW if s.name.startswith("squeeze_excite")]
+COMPOSED = [s for s in FEW if s.name.partition("-")[0] not in OP_CASES]
 OTHERS = [s for s in FEW if s not in QUICK]
 
 
@@ -49,7 +50,7 @@ def differentiable(program: torch.export.ExportedProgram) -> bool:
     return all(op.backward is not None for op in ours(program))
 
 
-@over(FEW, [])
+@over(COMPOSED, [s for s in FEW if s not in COMPOSED])
 def test_export_save_load_decompose(subject: Subject, tmp_path) -> None:
     """Outputs and gradients of what was loaded; and of what is left when our operators are replaced by PyTorch's."""
     module, plain = pair(subject)
@@ -79,7 +80,7 @@ def named(module: nn.Module, plain: nn.Module) -> list[Tensor]:
     return [own[name] for name, _ in plain.named_parameters()]
 
 
-@over(QUICK, OTHERS)
+@over([], FEW)
 def test_aot_inductor(subject: Subject, tmp_path) -> None:
     module, plain = pair(subject, torch.float32)
     program = exported(subject, module, torch.float32)
