@@ -22,6 +22,7 @@ from .blocks import (
 )
 from .convert import Report, fuse_, unfuse_
 from .explain import explain
+from .export import decompositions
 from .registry import BLOCKS, OPS
 from .warmup import warmup
 
@@ -45,6 +46,7 @@ __all__ = [
     "SplitAttention",
     "SqueezeExcite",
     "__version__",
+    "decompositions",
     "explain",
     "fuse_",
     "ops",

@@ -8,7 +8,8 @@ Each has been seen to slip through a simpler check (inside vmap, `type(x) is Ten
 of them.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 # operator.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, float, int, bool})
 _is_compiling = torch.compiler.is_compiling
-_NO_SECOND = "fused_attn.{}: a second derivative of a fused op is not available"
+_NO_SECOND = (
+    "fused_attn.{}: a second derivative of a fused op is not available, nor the first one of some parts that an "
+    "exported program holds; a converted model has it after fused_attn.unfuse_(model), a program after "
+    "run_decompositions(fused_attn.decompositions())"
+)
+_NO_FORWARD = (
+    "fused_attn.{}: forward-mode differentiation (jvp) of a fused op is not available; torch.func.vjp and grad are, "
+    "and a converted model has it after fused_attn.unfuse_(model)"
+)
 
 
 def is_watched() -> bool:
@@ -82,7 +91,8 @@ def launching(op: "Op") -> Callable[..., Any]:
             if grads[0] is None:
                 return (None,) * len(ctx.needs_input_grad)
             saved, needs = ctx.saved_tensors, call.spread((*ctx.needs_input_grad, False))
-            return None, *call.pick(once(lambda: differentiate(saved, consts, grads, needs), forced, op.name))
+            back = lambda: differentiate(saved, consts, grads, needs)
+            return None, *call.pick(once(back, forced, op.name, (*saved, *grads)))
 
     _name(Function, op)
     # Function.apply itself looks for transforms, of which there are none here, and unwraps what they left behind, which
@@ -91,10 +101,14 @@ def launching(op: "Op") -> Callable[..., Any]:
     return apply
 
 
-def once(backward: Callable[[], tuple[Tensor | None, ...]], forced: str, name: str) -> tuple[Tensor | None, ...]:
+def once(
+    backward: Callable[[], tuple[Tensor | None, ...]], forced: str, name: str, given: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """Runs a backward on the forward's backend; what is differentiated again raises, whatever it depends on.
 
-    `once_differentiable` isn't enough: it lets a second derivative pass as 0 where the incoming gradient is a constant.
+    given: what the gradients are functions of: saved tensors, incoming gradients
+    `once_differentiable` isn't enough: it lets a second derivative pass as 0 where the incoming gradient is a constant,
+    and `torch.autograd.grad`, which asks for the way to its inputs alone, finds none and calls them unused.
     """
     if _is_compiling():  # which differentiates once only, by itself
         return backward()
@@ -107,6 +121,7 @@ def once(backward: Callable[[], tuple[Tensor | None, ...]], forced: str, name: s
     if not torch.is_grad_enabled():
         return back
     found = [t.detach().requires_grad_() for t in back if t is not None]
+    found += [t for t in given if t is not None and t.requires_grad]
     outs = torch._C._functions.DelayedError(_NO_SECOND.format(name).encode(), len(found))(*found)
     marked = iter(outs if isinstance(outs, tuple) else (outs,))
     return tuple(None if t is None else next(marked) for t in back)
@@ -126,12 +141,17 @@ def transformed(op: "Op") -> type[torch.autograd.Function]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             _keep(op, ctx, inputs, output)
-            if isinstance(output, tuple):
+            # All outputs of a backward are gradients, and being asked for theirs it must raise.
+            if isinstance(output, tuple) and op.backward is not None:
                 ctx.mark_non_differentiable(*output[1:])
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             return _back(op, ctx, grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            raise RuntimeError(_NO_FORWARD.format(op.name))
 
     _name(Function, op)
     return Function
@@ -163,6 +183,26 @@ def _back(op: "Op", ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor 
     needs = ctx.needs_input_grad + (False,) * (op.arity - len(ctx.needs_input_grad))
     back = op.backward(ctx.saved_tensors, ctx.consts, grads, needs[: len(op.tensors)])
     return back + (None,) * (op.arity - len(back))
+
+
+def traced(function: Callable[..., Any], *args: Any, **options: Any) -> torch.fx.Proxy:
+    """One node of torch.fx that calls a function which asks for shapes and dtypes, where symbols stand for tensors.
+
+    What can be called among the arguments has no place in a graph, and becomes part of the node's target.
+    """
+    proxy = next(a for a in args if isinstance(a, torch.fx.Proxy))
+    known = {i: a for i, a in enumerate(args) if callable(a) and not isinstance(a, (torch.fx.Proxy, Tensor))}
+    rest = [i for i in range(len(args)) if i not in known]
+    named = {name: options.pop(name) for name, value in list(options.items()) if callable(value)
+             and not isinstance(value, (torch.fx.Proxy, Tensor))}  # fmt: skip
+
+    @functools.wraps(function)
+    def call(*given: Any, **more: Any) -> Any:
+        every = {**known, **dict(zip(rest, given, strict=True))}
+        return function(*(every[i] for i in range(len(every))), **named, **more)
+
+    node: torch.fx.Proxy = proxy.tracer.create_proxy("call_function", call, tuple(args[i] for i in rest), options)
+    return node
 
 
 def no_second(op: "Op") -> RuntimeError:

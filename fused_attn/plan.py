@@ -261,6 +261,14 @@ def ready(module: nn.Module) -> Plan | None:
     return renew(module)
 
 
+def leaf(module: nn.Module, x: Any, *more: Any) -> Any:
+    """One node that calls the module, where x stands for a tensor in a graph of torch.fx, and the module isn't all that
+    is traced; else None. So its norms go on learning in the graph, and train and eval reach it."""
+    if not isinstance(x, torch.fx.Proxy) or getattr(x.tracer, "root", None) is module:
+        return None
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *more), {})  # type: ignore[attr-defined]
+
+
 def left_to_compiler(x: Any) -> bool:
     """Whether a module's own equations do as well as its plan: in a program compiled without gradients, where the
     plan's ops would be these equations too, and looking the plan over is what costs: each thing looked at is looked at

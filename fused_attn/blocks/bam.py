@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import activations, bam_scale, checks
-from ..plan import Plan, Planned, Refused, Rule, activation, path, ready, register, renew
+from ..plan import Plan, Planned, Refused, Rule, activation, leaf, path, ready, register, renew
 from ..registry import Block, case
 from . import norms
 from .deep import DeepPlan
@@ -189,6 +189,8 @@ class BAM(Planned):
         Raises ValueError or TypeError, naming the argument, for a wrong shape or dtype; and ValueError where batch
         statistics are wanted of one value.
         """
+        if (node := leaf(self, x)) is not None:
+            return node
         checks.channels("x", x, self.channels, 2)
         plan = ready(self)
         if plan is not None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..backend import forced
 from ..layout import accumulator
 from ..ops import activations, dual_scale, plane_conv, pool_scale, shared_mlp
-from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, register, renew
+from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, leaf, path, ready, register, renew
 from ..registry import Block, case
 from . import normed, norms
 from .chain import Tail, tail_rule
@@ -394,6 +394,8 @@ class CBAM(Planned):
         residual, epilogue, epilogue_slope: what follows the gates, in the same pass, as in `scale`
         Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
         """
+        if (node := leaf(self, x, residual, epilogue, epilogue_slope)) is not None:
+            return node
         plan = ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)

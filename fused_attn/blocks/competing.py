@@ -6,6 +6,7 @@ The head is read off a module as SE's network is, with dense layers that may be 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..ops import activations, checks
 from ..ops.branch_softmax import branch_softmax
 from ..ops.branches import MOST
 from ..ops.shared_mlp import shared_mlp
-from ..plan import Plan, Planned, Refused, activation, fingerprint, path, ready, renew, vars_of
+from ..plan import Plan, Planned, Refused, activation, fingerprint, leaf, path, ready, renew, vars_of
 from .excite_plan import dense
 from .norms import keep, norm_of, norm_state
 
@@ -189,7 +190,8 @@ def network(
         return z if b is None else z + b.to(z.dtype)
 
     statistics = None
-    with torch.autocast(p.device.type, enabled=False):  # gates are float32, whatever the maps are
+    # Gates are float32, whatever the maps are; nothing is computed on the meta device, which has no autocast.
+    with nullcontext() if p.is_meta else torch.autocast(p.device.type, enabled=False):
         z = layer(p, w1, b1)
         if norm != "none":
             if norm == "batch":
@@ -238,6 +240,8 @@ class Competing(Planned):
     def forward(self, x: Tensor) -> Tensor:
         """y (N, C', *S') of x (N, C, *S). Raises ValueError or TypeError, naming the argument, for a wrong shape or
         dtype."""
+        if (node := leaf(self, x)) is not None:
+            return node
         checks.channels("x", x, *self.takes())
         plan = ready(self)
         if plan is not None:

@@ -27,6 +27,7 @@ from ..plan import (
     Refused,
     Rule,
     activation,
+    leaf,
     left_to_compiler,
     path,
     ready,
@@ -213,6 +214,8 @@ class ECA(Planned):
         residual, epilogue, epilogue_slope: what follows the gate, in the same pass, as in `pool_conv_scale`
         Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
         """
+        if (node := leaf(self, x, residual, epilogue, epilogue_slope)) is not None:
+            return node
         plan = None if left_to_compiler(x) else ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)

@@ -80,8 +80,11 @@ def keep(norm: dict[str, Any], statistics: Tensor, n: int) -> None:
             momentum = 1.0 / count.to(mean.dtype)
     if momentum is None:
         momentum = 0.0
-    if n == 0:  # there is nothing to remember, but the batch counts
-        return
-    batch = statistics.detach().to(mean.dtype)
-    mean.mul_(1 - momentum).add_(batch[0] * momentum)
-    var.mul_(1 - momentum).add_(batch[1] * (momentum * (n / (n - 1))))
+    if n > 0:  # else there is nothing to remember, but the batch counts
+        batch = statistics.detach().to(mean.dtype)
+        mean.mul_(1 - momentum).add_(batch[0] * momentum)
+        var.mul_(1 - momentum).add_(batch[1] * (momentum * (n / (n - 1))))
+    if not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        # A checkpoint that recomputes stops at the last tensor that was saved. BatchNorm saves after it has updated.
+        with torch.enable_grad():
+            torch.zeros((), device=mean.device, requires_grad=True).exp()

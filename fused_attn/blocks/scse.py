@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import activations, scse_scale
-from ..plan import Plan, Planned, Refused, Rule, activation, ready, register, renew
+from ..plan import Plan, Planned, Refused, Rule, activation, leaf, ready, register, renew
 from ..registry import Block, case
 from .deep import DeepPlan
 from .excite_plan import dense
@@ -118,6 +118,8 @@ class SpatialChannelSE(Planned):
 
         Raises ValueError or TypeError, naming the argument, for a wrong shape or dtype.
         """
+        if (node := leaf(self, x)) is not None:
+            return node
         plan = ready(self)
         if plan is not None:
             return plan.run_on(x)  # type: ignore[attr-defined]

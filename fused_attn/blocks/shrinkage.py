@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..ops import activations
 from ..ops.pool_soft_threshold import pool_soft_threshold
 from ..ops.shared_mlp import shared_mlp
-from ..plan import Plan, Planned, Refused, path, ready, renew, tampered, vars_of
+from ..plan import Plan, Planned, Refused, leaf, path, ready, renew, tampered, vars_of
 from ..registry import Block, case
 from .norms import keep, norm_of, norm_state
 
@@ -156,6 +156,8 @@ class Shrinkage(Planned):
 
         Raises ValueError or TypeError, naming the argument, for a wrong shape or dtype.
         """
+        if (node := leaf(self, x, residual)) is not None:
+            return node
         plan = ready(self)
         if plan is not None:
             return plan.run(x, residual, "identity", 0.01)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..ops import activations
 from ..ops.plane_gate_shuffle import plane_gate_shuffle, shuffled
-from ..plan import Plan, Planned, Refused, path, ready, renew, usual
+from ..plan import Plan, Planned, Refused, leaf, path, ready, renew, usual
 from ..registry import Block, case
 from . import normed
 
@@ -113,6 +113,8 @@ class ShuffleAttention(Planned):
         residual, epilogue, epilogue_slope: what follows the shuffle, in the same pass, as in `plane_gate_shuffle`
         Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
         """
+        if (node := leaf(self, x, residual, epilogue, epilogue_slope)) is not None:
+            return node
         plan = ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import activations, group_similarity_scale
-from ..plan import Plan, Planned, ready, renew
+from ..plan import Plan, Planned, leaf, ready, renew
 from ..registry import Block, case
 
 
@@ -77,6 +77,8 @@ class SpatialGroupEnhance(Planned):
         residual, epilogue, epilogue_slope: what follows the gate, in the same pass, as in `group_similarity_scale`
         Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
         """
+        if (node := leaf(self, x, residual, epilogue, epilogue_slope)) is not None:
+            return node
         plan = ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)

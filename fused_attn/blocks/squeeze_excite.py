@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import activations
-from ..plan import Plan, Planned, Refused, left_to_compiler, ready, renew
+from ..plan import Plan, Planned, Refused, leaf, left_to_compiler, ready, renew
 from ..registry import Block, case
 from .excite_plan import ExcitePlan
 from .se_rules import ESE_RULES, SE_RULES
@@ -70,6 +70,8 @@ class _Gate(Planned):
         residual, epilogue, epilogue_slope: what follows the gate, in the same pass, as in `pool_mlp_scale`
         Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
         """
+        if (node := leaf(self, x, residual, epilogue, epilogue_slope)) is not None:
+            return node
         plan = None if left_to_compiler(x) else ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)

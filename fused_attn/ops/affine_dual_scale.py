@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..layout import accumulator, like, match
 from ..registry import op
@@ -174,7 +174,12 @@ def affine_dual_scale(
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, options, or results.
     """
     norm_params, channel_params, spatial_params = tuple(norm_params), tuple(channel_params), tuple(spatial_params)
-    if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(
+            affine_dual_scale, x, norm, channel_excite, spatial_excite, norm_params, channel_params, spatial_params,
+            moments=moments, channel=channel, pool=pool, ties=ties, residual=residual, act=act, slope=slope,
+        )  # fmt: skip
+    if is_transformed() or torch.jit.is_tracing():
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         given = channel_moments(x)
         (scale, shift), kept = excite_.split(norm(given if moments else given[0], *norm_params))
@@ -287,12 +292,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "affine_dual_scale")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "affine_dual_scale", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The three passes, and the gradients of the three functions between them."""
-        x, aux, given, both, p, rise, values, index, gate, a, affine, q, within, pixel, *params = ctx.saved_tensors
+        x, aux, given, both, p, rise, values, index, gate, a, affine, q, within, pixel, *params = saved
         o: _Options = ctx.options
         acc, dy = accumulator(x.dtype), match(dy, x)
         (normal, channel, planar), needs = o.share(params), o.share(ctx.needs_input_grad[3:])

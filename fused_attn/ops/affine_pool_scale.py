@@ -158,12 +158,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "affine_pool_scale")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "affine_pool_scale", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and both functions' gradients between them."""
-        x, both, c, p, gate, *rest = ctx.saved_tensors
+        x, both, c, p, gate, *rest = saved
         norm, excite, moments, count, act, slope = ctx.consts
         given: tuple[Tensor, ...] = (rest.pop(0),) if moments else ()
         c = given[0][0] if moments else c

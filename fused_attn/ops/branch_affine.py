@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..registry import op
 from . import activations, branches, checks
@@ -213,7 +213,12 @@ def branch_moments_affine(
         raise ValueError(f"maps must be 1 to {branches.MOST} branches; got {len(maps)}")
     checks.one_of("descriptor", descriptor, DESCRIPTORS)
     checks.one_of("merge", merge, MERGES)
-    if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, maps[0]), torch.fx.Proxy):
+    if isinstance(cast(Any, maps[0]), torch.fx.Proxy):
+        return traced(
+            branch_moments_affine, *maps, excite=excite, params=params, merge=merge, descriptor=descriptor, act=act,
+            slope=slope,
+        )  # fmt: skip
+    if is_transformed() or torch.jit.is_tracing():
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         whole = _together(maps, merge)
         return moments_affine(whole, excite, *params, descriptor=descriptor, act=act, slope=slope)
@@ -261,12 +266,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "branch_moments_affine")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "branch_moments_affine", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        both, given, *tensors = ctx.saved_tensors
+        both, given, *tensors = saved
         count, merge, _, act, slope = ctx.options
         x, params = tensors[0], tensors[count:]
         more = (*tensors[1:count], *(None,) * (branches.MOST - count))

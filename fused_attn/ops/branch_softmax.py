@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..layout import accumulator
 from ..registry import op
@@ -132,12 +132,15 @@ def branch_softmax(
     if (excite is None) == (logits is None):
         raise ValueError("give either excite or logits; got " + ("neither" if excite is None else "both"))
     x, more = maps[0], (*maps[1:], *(None,) * (branches.MOST - len(maps)))
-    opaque = is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy)
-    if not isinstance(cast(Any, x), torch.fx.Proxy):
-        if len(maps) > 1 and splits != 1:
-            raise ValueError(f"splits must be 1 where branches are given one by one; got {splits}")
-        branches.check(x, more, len(maps) if len(maps) > 1 else splits, "splits")
-        checks.one_of("merge", merge, branches.MERGES)
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(
+            branch_softmax, *maps, excite=excite, params=params, logits=logits, splits=splits, groups=groups, each=each,
+            merge=merge,
+        )  # fmt: skip
+    if len(maps) > 1 and splits != 1:
+        raise ValueError(f"splits must be 1 where branches are given one by one; got {splits}")
+    branches.check(x, more, len(maps) if len(maps) > 1 else splits, "splits")
+    checks.one_of("merge", merge, branches.MERGES)
     count = max(len(maps), splits)
     channels = x.shape[1] // splits
     if channels % groups:
@@ -152,7 +155,7 @@ def branch_softmax(
         first, *kept = found if isinstance(found, tuple) else (found,)
         return gates_of(first, count, channels, groups), *kept
 
-    if opaque:
+    if is_transformed() or torch.jit.is_tracing():
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         gate, kept = excite_.split(weigh(branch_pool(x, *more, splits, each), *params))
         y: Tensor = branch_scale(x, gate, *more, merge)
@@ -184,12 +187,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "branch_softmax")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "branch_softmax", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        gate, p, *tensors = ctx.saved_tensors
+        gate, p, *tensors = saved
         given, _, _, merge = ctx.options
         x, params = tensors[0], tensors[given:]
         more = (*tensors[1:given], *(None,) * (branches.MOST - given))

@@ -284,12 +284,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "dual_scale")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "dual_scale", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The three passes, and the excites' between them."""
-        x, gate, p, index, pixel, q, places, aux, *params = ctx.saved_tensors
+        x, gate, p, index, pixel, q, places, aux, *params = saved
         excites, split, channel, pool, ties, act, slope, residual = ctx.consts
         dy, acc, needs = match(dy, x), accumulator(x.dtype), ctx.needs_input_grad[10:]
         dpixel, e, shared = dual_scale_reduce(x, dy, gate, pixel, aux, q, None, act, slope, pool, ties, residual)

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..layout import accumulator, like, match
 from ..registry import op
@@ -85,8 +85,7 @@ def project(x: Tensor, gate: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
 
 def _plain(x: Any) -> bool:
     """Whether nobody wants to look into an autograd.Function."""
-    return not (is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or isinstance(cast(Any, x), torch.fx.Proxy))  # fmt: skip
+    return not (is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def bam_scale(
@@ -103,6 +102,8 @@ def bam_scale(
     Returns y, or (y, *statistics).
     Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
     """
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(bam_scale, x, channel_excite, spatial, *params, merge=merge)
     checks.feature_map("x", x)
     excite_.check(channel_excite, params)
     if not _plain(x):
@@ -111,25 +112,30 @@ def bam_scale(
         y: Tensor = scale(x, gate, None, pixel, "identity", 0.01, merge)
         return (y, *kept) if kept else y
     awaited: dict[str, Any] = {}
-    pixel = spatial(_Await.apply(x, awaited))
-    y, *statistics = _Bam.apply(x.detach(), pixel, channel_excite, merge, awaited, *params)
+    through, token = _Await.apply(x, awaited)
+    y, *statistics = _Bam.apply(x.detach(), token, spatial(through), channel_excite, merge, awaited, *params)
     return (y, *statistics) if statistics else y
 
 
 class _Await(torch.autograd.Function):
-    """x on its way into the spatial branch. Its backward comes last, when all that x gets is known."""
+    """x on its way into the spatial branch, and an empty token into the merge. Its backward comes last, when all that x
+    gets is known; by the token it comes though the branch doesn't depend on x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, awaited: dict[str, Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, awaited: dict[str, Any]) -> tuple[Tensor, Tensor]:
         ctx.awaited, ctx.backend = awaited, forced()
-        return x.view_as(x)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, other: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, other: Tensor | None, token: Tensor | None) -> tuple[Tensor | None, None]:
+        if token is None:  # only the branch is differentiated
+            return other, None
         dy, gate, pixel, dmean, merge = ctx.awaited.pop("merge")
+        other = torch.zeros_like(dy) if other is None else other
         back = lambda: (merge_scale_apply(dy, match(other, dy), gate, pixel, dmean, None, None, merge),)
-        (dx,) = once(back, ctx.backend, "bam_scale")
-        return dx, None  # type: ignore[return-value]
+        (dx,) = once(back, ctx.backend, "bam_scale", (other, dy))
+        return dx, None
 
 
 class _Bam(torch.autograd.Function):
@@ -137,8 +143,8 @@ class _Bam(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, pixel: Tensor, excite: Callable[..., Any], merge: str, awaited: dict[str, Any],
-        *params: Tensor,
+        ctx: Any, x: Tensor, token: Tensor, pixel: Tensor, excite: Callable[..., Any], merge: str,
+        awaited: dict[str, Any], *params: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         p = channel_pool(x, "mean")
         gate, statistics = excite_.run(excite, (p,), params, x.shape[:2], "(N, C)")
@@ -150,17 +156,18 @@ class _Bam(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Bam.back(ctx, dy), ctx.backend, "bam_scale")
+        saved = ctx.saved_tensors
+        return once(lambda: _Bam.back(ctx, saved, dy), ctx.backend, "bam_scale", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, p, pixel, *params = ctx.saved_tensors
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, p, pixel, *params = saved
         excite, merge, awaited = ctx.consts
         dy = match(dy, x)
         dgate, dpixel = merge_scale_reduce(x, dy, gate, pixel, merge)
-        (dp,), dparams = excite_.gradient(excite, (p,), params, dgate.to(gate.dtype), ctx.needs_input_grad[5:])
+        (dp,), dparams = excite_.gradient(excite, (p,), params, dgate.to(gate.dtype), ctx.needs_input_grad[6:])
         awaited["merge"] = dy, gate, pixel, dp, merge
-        return None, dpixel.to(pixel.dtype), None, None, None, *dparams
+        return None, dy.new_empty(0), dpixel.to(pixel.dtype), None, None, None, *dparams
 
 
 def scse_scale(
@@ -176,6 +183,10 @@ def scse_scale(
 
     Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
     """
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(
+            scse_scale, x, weight, channel_excite, spatial_excite, channel_params, spatial_params, merge=merge
+        )  # type: ignore[return-value]
     checks.feature_map("x", x)
     checks.shaped("weight", weight, x.shape[1:2], "(C,)")
     excite_.check(channel_excite, channel_params)
@@ -211,11 +222,12 @@ class _Scse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Scse.back(ctx, dy), ctx.backend, "scse_scale")
+        saved = ctx.saved_tensors
+        return once(lambda: _Scse.back(ctx, saved, dy), ctx.backend, "scse_scale", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, p, plane, gate, pixel, *params = ctx.saved_tensors
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, p, plane, gate, pixel, *params = saved
         excites, split, merge = ctx.consts
         dy, needs = match(dy, x), ctx.needs_input_grad[5:]
         dgate, dpixel = merge_scale_reduce(x, dy, gate, pixel, merge)

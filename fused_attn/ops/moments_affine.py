@@ -17,13 +17,13 @@ Backward has two halves with the excite's between them:
 e is the residual's gradient; where there is no residual, it isn't written, and the second half computes it again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..layout import like, match
 from ..registry import op
@@ -108,7 +108,11 @@ def moments_affine(
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, options, or a result of excite that
     isn't (2, N, C).
     """
-    if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(
+            moments_affine, x, excite, *params, descriptor=descriptor, residual=residual, act=act, slope=slope
+        )
+    if is_transformed() or torch.jit.is_tracing():
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         given, _ = describe(x, descriptor)
         (scale, shift), kept = excite_.split(excite(given, *params))
@@ -150,12 +154,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "moments_affine")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "moments_affine", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        x, both, index, aux, given, *params = ctx.saved_tensors
+        x, both, index, aux, given, *params = saved
         excite, act, slope, residual = ctx.consts
         dy, scale, shift, mean = match(dy, x), both[0], both[1], mean_of(given)
         sums, e = moments_affine_reduce(x, dy, scale, shift, mean, aux, act, slope, residual)

@@ -18,13 +18,13 @@ Forward reads x twice. Backward has two halves with the excite's between them; e
 e is the residual's gradient; where there is no residual, it isn't written, and the second half computes it again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_transformed, once, traced
 from ..backend import forced
 from ..layout import accumulator, like, match
 from ..registry import op
@@ -159,7 +159,9 @@ def moments_gate_shuffle(
     Raises ValueError or TypeError, naming the argument, for wrong shapes, dtypes, options, or a result of excite that
     isn't (4, N, C).
     """
-    if is_transformed() or torch.jit.is_tracing() or isinstance(cast(Any, x), torch.fx.Proxy):
+    if isinstance(cast(Any, x), torch.fx.Proxy):
+        return traced(moments_gate_shuffle, x, excite, *params, k=k, residual=residual, act=act, slope=slope)
+    if is_transformed() or torch.jit.is_tracing():
         # What can't look into an autograd.Function gets the parts: the same numbers and gradients, in more passes.
         given = channel_moments(x)
         values, kept = excite_.split(excite(given, *params))
@@ -199,12 +201,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "moments_gate_shuffle")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "moments_gate_shuffle", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        x, values, aux, given, *params = ctx.saved_tensors
+        x, values, aux, given, *params = saved
         excite, k, act, slope, residual = ctx.consts
         dy, mean, written = match(dy, x), given[0], keeps_e(act, residual)
         sums, e = gate_shuffle_reduce(x, dy, mean, values, aux, k, act, slope, residual)

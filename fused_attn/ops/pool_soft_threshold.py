@@ -12,7 +12,7 @@ Backward has two halves with the excite's between them. With e = dy·sign(x)·[|
 The residual's gradient is dy. Checked in float64 against autograd of the equations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -128,12 +128,13 @@ class _Spanning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return once(lambda: _Spanning.back(ctx, dy), ctx.backend, "pool_soft_threshold")
+        saved = ctx.saved_tensors
+        return once(lambda: _Spanning.back(ctx, saved, dy), ctx.backend, "pool_soft_threshold", (*saved, dy))
 
     @staticmethod
-    def back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def back(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
         """The two halves, and the excite's between them."""
-        x, tau, p, *params = ctx.saved_tensors
+        x, tau, p, *params = saved
         excite, pool, residual = ctx.consts
         dy = match(dy, x)
         dtau = pool_soft_threshold_reduce(x, tau, dy)
