@@ -175,8 +175,10 @@ def _answer(
     roots = [o for o in outs if o.requires_grad]
     if cotangents is None:
         cotangents = [testing.cotangent(o, gradient, seed) for o in roots]
-    roots = [o.to(c.dtype) for o, c in zip(outs, cotangents, strict=False)]
-    grads = torch.autograd.grad(roots, targets, cotangents, allow_unused=True) if roots else (None,) * len(targets)
+    pairs = [(o.to(c.dtype), c) for o, c in zip(outs, cotangents, strict=False) if o.requires_grad]
+    grads = (None,) * len(targets)
+    if pairs:
+        grads = torch.autograd.grad([o for o, _ in pairs], targets, [c for _, c in pairs], allow_unused=True)
     return testing.Answer(tuple(o.detach() for o in outs), tuple(cotangents), tuple(grads))
 
 
@@ -373,8 +375,8 @@ def _step(
 
 def _input(example: Example) -> Tensor:
     generator = torch.Generator().manual_seed(example.seed)
-    x = torch.randn(example.x, generator=generator, dtype=torch.float64) * example.scale
-    x = x.clamp(-1.6, 1.6).round() if example.ties else x
+    x = torch.randn(example.x, generator=generator, dtype=torch.float64)
+    x = x.clamp(-1.6, 1.6).round() if example.ties else x * example.scale
     return _place(x.to(getattr(torch, example.dtype)), (example.layouts or {}).get("x", "contiguous"))
 
 
