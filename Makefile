@@ -3,12 +3,14 @@
 #
 #   ARGS   passed on to pytest or to the bench command: make test ARGS="-k scale"
 #   JOBS   test processes at once, one thread each (default 2)
+#   EXAMPLES, SEED   of make fuzz: how many, and which; without SEED others each time
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 JOBS ?= 2
+EXAMPLES ?= 50000
 ARGS ?=
 
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
@@ -25,7 +27,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all check bench qualify gen format clean FORCE
+.PHONY: help demo demo-full test test-all fuzz audit wheel check bench qualify gen format clean FORCE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +43,19 @@ test: $(BUILD) $(REQUIREMENTS) ## the tests (ARGS="-k name" for some of them)
 
 test-all: $(BUILD) $(REQUIREMENTS) ## the tests and the slow ones: everything that exists
 	@$(call run_tests,)
+
+fuzz: $(BUILD) $(REQUIREMENTS) ## random calls against float64, others each time (EXAMPLES=50000, SEED=7 for those of one seed)
+	@failed=; \
+	$(FUZZ) $(PYTEST) tests/test_fuzz.py $(SEEDED) $(ARGS) || failed=yes; \
+	$(FUZZ) TRITON_INTERPRET=1 $(PYTEST) tests/interpret/test_fuzz.py $(SEEDED) $(ARGS) || failed=yes; \
+	[ -z "$$failed" ]
+
+audit: $(REQUIREMENTS) ## known vulnerabilities of what requirements-dev.txt names (asks a server)
+	@$(PY) -m pip install -qq pip-audit
+	$(BIN)/pip-audit --requirement requirements-dev.txt
+
+wheel: $(BUILD) ## sdist and wheel of this checkout in dist/, as a release has them
+	FUSED_ATTN_BUILD=require PATH="$(abspath $(BIN)):$$PATH" $(PY) -c "import sys; from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
 
 check: $(REQUIREMENTS) ## lint, format, types, generated files
 	@failed=; \
@@ -77,6 +92,8 @@ HAND_WRITTEN_CSRC := $(filter-out %.gen.h,$(CSRC))
 # Two processes, because TRITON_INTERPRET must be set before a kernel is defined. Both run even if the first fails. A selection
 # (ARGS="-k name") may well leave one of them without tests (pytest's status 5), but not both.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -p no:benchmark
+FUZZ := FUSED_ATTN_FUZZ=$(EXAMPLES)
+SEEDED := $(if $(SEED),--hypothesis-seed=$(SEED))
 define run_tests
 native=0; $(PYTEST) tests --ignore=tests/interpret $(1) $(ARGS) || native=$$?; \
 interpreted=0; TRITON_INTERPRET=1 $(PYTEST) tests/interpret $(1) $(ARGS) || interpreted=$$?; \

@@ -4,11 +4,14 @@ A GPU tries triton, then eager; the CPU tries cpp, then eager; a forced backend 
 *accepts* the arguments is taken, and `explain` tells what the others objected to. The eager form accepts everything.
 """
 
+import atexit
 import importlib
 import importlib.util
 import operator
 import os
+import struct
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -187,6 +190,8 @@ def _find(op: "Op", backend: str) -> Implementation | str:
             return why
         if not hasattr(torch.ops.fused_attn_cpp, op.name):
             return "this op has no C++ kernel"
+        if not _same_options(op):
+            return "the C++ extension was built for another version of fused_attn"
         op.compiled = CppImplementation(op)
         return op.compiled
     if (why := triton_missing()) is not None:
@@ -194,6 +199,7 @@ def _find(op: "Op", backend: str) -> Implementation | str:
     module = op.eager.__module__ + "_triton"
     if importlib.util.find_spec(module) is None:
         return "this op has no Triton kernel"
+    _writable_cache()
     return Implementation(op, getattr(importlib.import_module(module), op.name))
 
 
@@ -204,10 +210,38 @@ def interpreting() -> bool:
 
 
 def triton_missing() -> str | None:
-    """None where triton can be imported, else the reason."""
-    if "triton" in sys.modules or importlib.util.find_spec("triton") is not None:
+    """None where triton is there, and can be imported, else the reason."""
+    if "triton" in sys.modules:
         return None
-    return "triton is not installed"
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        importlib.import_module("triton")
+    except Exception as error:  # whatever is wrong with it, the library works without it
+        return f"triton does not load: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return None
+
+
+def _writable_cache() -> None:
+    """Gives Triton a directory of this process, which ends with it, where it could write no compiled kernel into its
+    cache: a launch would raise."""
+    knobs = importlib.import_module("triton").knobs.cache
+    try:
+        os.makedirs(knobs.dir, exist_ok=True)
+        if os.access(knobs.dir, os.W_OK | os.X_OK):
+            return
+    except OSError:
+        pass
+    place = tempfile.TemporaryDirectory(prefix="fused_attn-triton-")
+    atexit.register(place.cleanup)
+    knobs.dir = place.name
+
+
+def _same_options(op: "Op") -> bool:
+    """Whether the compiled kernel takes the options that this version's op has."""
+    theirs = getattr(torch.ops.fused_attn_cpp, op.name + "_options").default._schema.arguments[1:]
+    ours = op.overload._schema.arguments[op.count :]
+    return [(a.name, str(a.type)) for a in theirs] == [(a.name, str(a.type)) for a in ours]
 
 
 _extension: list[str | None] = []
@@ -226,6 +260,8 @@ def _load() -> str | None:
     if not files:
         return "the C++ extension is not built"
     try:
+        if not _is_whole(files[0]):
+            return "the C++ extension does not load: the file is cut short"
         torch.ops.load_library(str(files[0]))
         names = [n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_attn_cpp::")]
         for name in names:  # nothing to do for autograd here: the way through its fallback costs a microsecond
@@ -234,6 +270,21 @@ def _load() -> str | None:
     except Exception as error:  # whatever is wrong with the file, the library works without it
         return f"the C++ extension does not load: {str(error).splitlines()[0]}"
     return None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a library of ELF's 64-bit form has its end, where its table of sections is: a loader that runs into the
+    end of a file is killed by a signal. Other forms are left to the loader."""
+    with file.open("rb") as library:
+        head = library.read(64)
+        size = library.seek(0, os.SEEK_END)
+    if head[:6] != b"\x7fELF\x02\x01":
+        return True
+    if len(head) < 64:
+        return False
+    (table,) = struct.unpack_from("<Q", head, 40)
+    each, count = struct.unpack_from("<HH", head, 58)
+    return bool(size >= table + each * count)
 
 
 def refusal(op: "Op", backend: str, args: tuple[Any, ...]) -> str | None:

@@ -151,8 +151,9 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 
 def _restore(module: nn.Module) -> None:
-    module.__dict__.pop(KEY, None)
+    # In this order: a thread that runs the module may make a new plan as long as the class asks for one.
     module.__class__ = module.original  # type: ignore[assignment]
+    module.__dict__.pop(KEY, None)
 
 
 Change = tuple[nn.Module, Rule]

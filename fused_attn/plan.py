@@ -99,16 +99,18 @@ class Plan:
     def seal(self, module: nn.Module) -> None:
         """Remembers the methods that aren't called: forward of the children's classes, and what the module's rule read.
         Raises Refused where a child's class has another than its own."""
+        # Of the class that the plan was read under: another thread may give the module its own one back meanwhile.
         classes = dict.fromkeys(author(cls) for _, cls, _ in self.skipped)
         for cls in classes:
             if cls.__call__ is not nn.Module.__call__:
                 raise Refused(f"{cls.__qualname__} has a __call__ of its own")
             if not own_forward(cls):
                 raise Refused(f"forward of {cls.__qualname__} isn't its own")
-        mine = author(type(module))
-        if isinstance(module, Fused):
+        mine = author(self.cls)
+        if issubclass(self.cls, Fused):
             classes[mine] = None
-            self.methods = tuple((mine, name, getattr(mine, name)) for name in module.rule.sources if name != "forward")
+            sources = self.cls.rule.sources
+            self.methods = tuple((mine, name, getattr(mine, name)) for name in sources if name != "forward")
         self.forwards = tuple((cls, cls.forward) for cls in classes)
 
     def fix(self, child: nn.Module, name: str) -> Any:
@@ -285,18 +287,21 @@ def renew(module: nn.Module) -> Plan | None:
     """Reads the plan off the module again. None, and observers hear why, where that is refused."""
     attributes = module.__dict__
     attributes.pop(KEY, None)
-    if not isinstance(module, Planned):
+    cls = type(module)  # once: another thread may be fusing or unfusing it
+    if not issubclass(cls, Planned):
         return None
     try:
-        if (why := overridden(module)) is not None:
+        if (why := overridden(module, cls)) is not None:
             raise Refused(why)
-        plan: Plan = module._plan()
+        plan: Plan = cls.rule.plan(module) if issubclass(cls, Fused) else module._plan()  # type: ignore[operator]
         plan.seal(module)
     except Refused as why:
         unfused(module, str(why))
         return None
-    plan.own += tuple((name, None) for name in equations(type(module)))
+    plan.own += tuple((name, None) for name in equations(cls))
     attributes[KEY] = plan
+    if not isinstance(module, Planned):
+        attributes.pop(KEY, None)
     return plan
 
 
@@ -314,15 +319,16 @@ def _planner(cls: type[Any]) -> type[Any]:
     return cls.original if issubclass(cls, Fused) else next(c for c in cls.__mro__ if "_plan" in vars(c))
 
 
-def overridden(module: "Planned") -> str | None:
-    """Which of these methods isn't the one that the plan was written for: a subclass has its own, or the module."""
-    cls, planner = type(module), _planner(type(module))
+def overridden(module: nn.Module, cls: type["Planned"]) -> str | None:
+    """Which of these methods isn't the one that the plan was written for: a subclass has its own, or the module, whose
+    class is `cls`."""
+    planner = _planner(cls)
     for name in equations(cls):
         if name in vars(module):
             return f"has its own {name}"
         if getattr(cls, name) is not getattr(planner, name):
             return f"{cls.__qualname__} overrides {name} of {planner.__qualname__}"
-    return module.rule.refuses(module.original) if isinstance(module, Fused) else None
+    return cls.rule.refuses(cls.original) if issubclass(cls, Fused) else None
 
 
 def unfused(module: nn.Module, why: str) -> None:

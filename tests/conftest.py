@@ -58,6 +58,7 @@ def pytest_terminal_summary(terminalreporter):
         if name == "whole model" and report.when == "call"
     ]
     if rows:
-        head = ["whole model", "gates", "tails", "float64 y", "float64 grads", "float32 y", "unfused float32 y"]
+        fused = ["whole model", "gates", "tails", "plain", "refused"]
+        head = [*fused, "float64 y", "float64 grads", "float32 y", "unfused float32 y"]
         terminalreporter.section("relative errors of fused models against their float64 originals")
         terminalreporter.write_line("\n".join(table([head, *sorted(rows)])))

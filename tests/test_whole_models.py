@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import coverage
-from fused_attn import BLOCKS, Report, fuse_, plan, unfuse_
-from fused_attn.blocks.se_rules import ESE_RULES, SE_RULES
-from fused_attn.blocks.tails import TAILS
+from fused_attn import Report, fuse_, plan, unfuse_
 from fused_attn.ops import activations
 from tests.support import redraw, relative, settle, step, worst
 
@@ -189,6 +187,18 @@ def of_fpenet() -> nn.Module:
     return fpenet.FPENet([1, 2, 3], [16, 32, 64], 16, [64, 32], use_se=True, in_size=(64, 64), num_classes=16)
 
 
+def with_layers(build: Callable[[], nn.Module], stages: str, **channels: int) -> Callable[[], nn.Module]:
+    """A model with an SELayer after some of the stages."""
+
+    def made() -> nn.Module:
+        model = build()
+        for name, count in channels.items():
+            model.get_submodule(stages + name).append(SELayer(count))
+        return model
+
+    return made
+
+
 MONAI_SENET = {
     "spatial_dims": 3, "in_channels": 3, "block": "se_resnet_bottleneck", "layers": (1, 1, 1, 1), "groups": 1,
     "reduction": 16, "dropout_prob": None, "inplanes": 16, "input_3x3": False, "downsample_kernel_size": 1,
@@ -258,6 +268,21 @@ SLOW = {
     "smp Unet se_resnet50": Zoo(of_smp("Unet", "se_resnet50"), 16, 16),
     "smp MobileOne": Zoo(of_mobileone, 10, 10),
     "smp Unet efficientnet-b0": Zoo(of_smp("Unet", "efficientnet-b0"), 16),
+    "timm ecaresnet26t": Zoo(of_timm("ecaresnet26t"), 8, 8),
+    "timm resnet18 ceca": Zoo(of_timm("resnet18", block_args={"attn_layer": "ceca"}), 8, 8),
+    "timm resnet18 cbam": Zoo(of_timm("resnet18", block_args={"attn_layer": "cbam"}), 8, 8),
+    "timm resnet18 lcbam": Zoo(of_timm("resnet18", block_args={"attn_layer": "lcbam"}), 8, 8),
+    "timm resnest14d": Zoo(of_timm("resnest14d"), 4),
+    "timm skresnet18": Zoo(of_timm("skresnet18"), 8, 8),
+    "pytorchcv resnesta18": Zoo(of_pytorchcv("resnesta18"), 8),
+    "pytorchcv bam_resnet18": Zoo(of_pytorchcv("bam_resnet18"), 3),
+    "pytorchcv cbam_resnet18": Zoo(of_pytorchcv("cbam_resnet18"), 8, 8),
+    "pytorchcv resattnet56": Zoo(of_pytorchcv("resattnet56"), 3, size=224),
+    "pytorchcv sknet50": Zoo(of_pytorchcv("sknet50"), 16),
+    "SELayer in pytorchcv resnext14": Zoo(
+        with_layers(of_pytorchcv("resnext14_16x4d"), "features.", stage1=256, stage3=1024), 2
+    ),
+    "SELayer in resnet50": Zoo(with_layers(of_torchvision("resnet50"), "", layer1=256, layer3=1024), 2),
 }
 MODELS = [*(pytest.param(n, id=n) for n in FAST), *(pytest.param(n, id=n, marks=pytest.mark.slow) for n in SLOW)]
 FLOAT64 = 1e-10
@@ -293,6 +318,12 @@ def instead(modules: list[nn.Module], change: Callable[[Tensor, Tensor], Tensor]
 INLINED = ("_se_expand", "SE_ll.3", "SE_hl.3")
 
 
+def opened(x: Tensor, y: Tensor) -> Tensor:
+    """A gate's input, or the mean of its branches where they lie side by side in it."""
+    beside = x.shape[0] == y.shape[0] and x.shape[2:] == y.shape[2:] and x.shape[1] % y.shape[1] == 0
+    return x.unflatten(1, (-1, y.shape[1])).mean(1) if beside else y
+
+
 @contextmanager
 def open_gates(modules: list[nn.Module]) -> Iterator[None]:
     """Makes every gate pass its input: by a hook, or, where the gate lies within its parent, by logits of 40."""
@@ -301,7 +332,7 @@ def open_gates(modules: list[nn.Module]) -> Iterator[None]:
     kept = [copy.deepcopy(layer.state_dict()) for _, layer in layers]
     gates = [m for m in modules if id(m) not in inlined]
     # Selective kernels are convolutions, too, which nothing can be put in place of.
-    with instead(gates, lambda i, y: i if i.shape == y.shape else y), torch.no_grad():
+    with instead(gates, opened), torch.no_grad():
         for _, layer in layers:
             layer.weight.zero_()
             layer.bias.fill_(40)
@@ -355,7 +386,9 @@ def test_a_whole_model(name: str, record_property: Callable[[str, object], None]
     assert worst(grads, truth_grads) < allowed_grads
 
     measured = (off, off_grads, relative(y, truth), relative(eager, truth))
-    record_property("whole model", (name, zoo.gates, zoo.tails, *(f"{m:.0e}" for m in measured)))
+    plain = len(names(report, "plain"))
+    refused = len(report.refused)
+    record_property("whole model", (name, zoo.gates, zoo.tails, plain, refused, *(f"{m:.0e}" for m in measured)))
 
     # Back: the same classes, and the same bits.
     unfuse_(model)
@@ -392,11 +425,15 @@ def parts(module: nn.Module) -> set[str]:
     }  # fmt: skip
 
 
+ZOOS = ("timm", "torchvision", "pytorchcv", "monai", "segmentation_models_pytorch", "efficientnet_pytorch")
+
+
 @pytest.mark.slow
 def test_the_models_hold_every_class_and_option() -> None:
-    scse = BLOCKS["scse"].rules
-    wanted = {rule.path for rule in (*SE_RULES, *ESE_RULES, *TAILS, *scse) if rule.sources}
-    assert len(wanted) > 40
+    """Every class of these libraries that any rule names, and every option of a gate."""
+    wanted = {rule.path for rule in plan.RULES.values() if rule.sources and rule.path.split(".")[0] in ZOOS}
+    assert len(wanted) > 65
+    assert len({**FAST, **SLOW}) >= 60
     seen: set[str] = set()
     for zoo in (*FAST.values(), *SLOW.values()):
         model = coverage.build(zoo.build)

@@ -276,7 +276,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
         or (plan.channels is not None and x.shape[1] != plan.channels)
         or (plan.square and x.shape[2] != x.shape[3])
     ):
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     return _run(self, plan, x)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..backend import forced
 from ..layout import accumulator
 from ..ops import activations, dual_scale, plane_conv, pool_scale, shared_mlp
-from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, leaf, path, ready, register, renew
+from ..plan import Plan, Planned, Refused, Rule, activation, author, fingerprint, leaf, path, ready, register, renew
 from ..registry import Block, case
 from . import normed, norms
 from .chain import Tail, tail_rule
@@ -260,7 +260,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign CBAM's forward becomes."""
     plan = ready(self)
     if plan is None or not isinstance(x, Tensor) or x.dim() != 4:  # a Proxy of torch.fx isn't
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     return plan.run(x, None, "identity", 0.01)
 
 

@@ -30,6 +30,7 @@ from ..plan import (
     Refused,
     Rule,
     activation,
+    author,
     fingerprint,
     left_to_compiler,
     path,
@@ -92,7 +93,8 @@ class Step(NamedTuple):
 def by_plan(module: nn.Module) -> bool:
     """Whether a module is a gate that runs, or may run, by a plan."""
     if isinstance(module, Planned):
-        return getattr(module, "rule", None) is None or module.rule.tail is None  # type: ignore[union-attr]
+        rule = getattr(module, "rule", None)
+        return rule is None or rule.tail is None
     rule = rule_of(type(module))
     return rule is not None and rule.tail is None and (rule.holds is None or rule.holds(module))
 
@@ -432,16 +434,16 @@ def _weighed(gate: nn.Module, norm: normed.Norm, x: Any, act: str, slope: float 
 def forward(self: Any, x: Tensor) -> Tensor:
     """What a parent's forward becomes: the original's order, a norm with what follows it as one op."""
     if left_to_compiler(x):
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     plan: TailPlan | None = ready(self)  # type: ignore[assignment]
     if plan is None or (type(x) is not Tensor and _extracting(x)):
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     tail, children, gate = plan.tail, self._modules, None
     if plan.gated and ((gate := ready(children[tail.gate])) is None or not gate.fits_tail):
         unfused(self, "its gate runs unfused" if gate is None else "its gate takes no residual and activation")
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     if gate is not None and not (gate.traces or isinstance(cast(Any, x), Tensor)):
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     given, norm = x, plan.norm
     if callable(tail.before):
         x, shortcut = tail.before(self, x)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..plan import Fused, Plan, Refused, fingerprint, path, tampered
+from ..plan import Plan, Refused, author, fingerprint, path, tampered
 
 
 class DeepPlan(Plan):
@@ -21,7 +21,7 @@ class DeepPlan(Plan):
         self.nested: tuple[tuple[dict[str, Any], tuple[Any, ...]], ...] = ()
         for name, (where, source) in inner.items():
             child = self.skip(module, name)
-            cls: Any = child.original if isinstance(child, Fused) else type(child)
+            cls: Any = author(type(child))
             if path(cls) != where or (source and fingerprint(cls.forward) != source):
                 raise Refused(f"{name} is a {path(type(child))} that isn't known")
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.map_scale import map_scale
-from ..plan import Plan, Refused, Rule, fingerprint, path, ready, register, tampered, unfused
+from ..plan import Plan, Refused, Rule, author, fingerprint, path, ready, register, tampered, unfused
 from ..registry import Block, case
 
 GATES = {"f1": "none", "f2": "channels", "f3": "positions"}
@@ -189,7 +189,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     """What an AttBlock's forward becomes: the same order, with σ and (1 + mask)·trunk in one pass."""
     plan: _AttBlockPlan | None = ready(self)  # type: ignore[assignment]
     if plan is None:
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     children, middle = self._modules, plan.middle
     x, trunk = children["hg"](children["init_blocks"](x))
     z = middle["conv2"](middle["conv1"](x))

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import channel_pool, pool_scale
-from ..plan import Plan, Refused, Rule, left_to_compiler, ready, register, unfused
+from ..plan import Plan, Refused, Rule, author, left_to_compiler, ready, register, unfused
 from .excite_plan import ExcitePlan, Given
 
 
 def gate_forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign gate's forward becomes. What isn't a batch of maps is left to its own, which may raise or not."""
     if left_to_compiler(x):
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     plan: Any = ready(self)
     if plan is None or (isinstance(x, Tensor) and x.dim() != plan.dim):
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     return plan.run(x, None, "identity", 0.01)
 
 
@@ -32,7 +32,7 @@ def _forward_channels_last(self: Any, x: Tensor) -> Tensor:
     """The same for x (N, H, W, C): seen as (N, C, H, W), which kernels walk as it lies."""
     plan = ready(self)
     if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
-        return self.original.forward(self, x)
+        return author(type(self)).forward(self, x)
     return plan.run(x.permute(0, 3, 1, 2), None, "identity", 0.01).permute(0, 2, 3, 1)
 
 
@@ -110,7 +110,7 @@ def _mbconv(where: str, has_se: str, expands: Callable[[Any], bool], skips: Call
     def forward(self: Any, inputs: Tensor, drop_connect_rate: float | None = None) -> Tensor:
         plan: Any = ready(self)
         if plan is None or (isinstance(inputs, Tensor) and inputs.dim() != plan.dim):
-            return self.original.forward(self, inputs, *(() if padded else (drop_connect_rate,)))
+            return author(type(self)).forward(self, inputs, *(() if padded else (drop_connect_rate,)))
         children = self._modules
         x = inputs
         if expands(self):
@@ -174,7 +174,7 @@ def _forward_pair(self: Any, x: Tensor, skip: Tensor | None = None) -> Tensor:
     if plan is None or skip is None:
         if plan is not None:
             unfused(self, "without a skip nothing is gated")
-        return self.original.forward(self, x, skip)
+        return author(type(self)).forward(self, x, skip)
     children = self._modules
     x = nn.functional.interpolate(children["hl_conv"](x), scale_factor=2.0, mode=self.interpolation_mode)
     low = plan.low.network()(channel_pool(skip), *plan.low.tensors())

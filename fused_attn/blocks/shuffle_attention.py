@@ -14,6 +14,7 @@ What differs between published versions:
     shuffle     the authors' `channel_shuffle` with 2 groups: channel j goes to 2j, channel C/2 + j to 2j + 1
 """
 
+import math
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ class ShuffleAttention(Planned):
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)
         k = self.cweight.shape[1]
-        first, second = x.reshape(-1, 2 * k, x[0, 0].numel(), 1).chunk(2, 1)
+        groups, size = x.shape[1] // (2 * k), math.prod(x.shape[2:])
+        first, second = x.reshape(x.shape[0] * groups, 2 * k, size, 1).chunk(2, 1)
         first = first * torch.sigmoid(self.cweight * first.mean(2, keepdim=True) + self.cbias)
         second = second * torch.sigmoid(self.sweight * self.gn(second) + self.sbias)
         y = shuffled(torch.cat([first, second], 1).reshape(x.shape))

@@ -11,6 +11,7 @@ What differs between published versions:
     groups      64 in the authors' code, 8 in re-implementations
 """
 
+import math
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class SpatialGroupEnhance(Planned):
         plan = ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)
-        grouped = x.reshape(x.shape[0], self.groups, -1, x[0, 0].numel())
+        grouped = x.reshape(x.shape[0], self.groups, x.shape[1] // self.groups, math.prod(x.shape[2:]))
         t = (grouped * grouped.mean(-1, keepdim=True)).sum(2, keepdim=True)
         z = (t - t.mean(-1, keepdim=True)) / (t.std(-1, keepdim=True) + self.eps)
         y = (grouped * torch.sigmoid(self.weight * z + self.bias)).reshape(x.shape)

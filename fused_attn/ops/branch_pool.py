@@ -57,7 +57,7 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
 
     if count == 1:  # one map, with all branches inside
         d = dp if each else dp.unsqueeze(1).expand(-1, splits, -1)
-        return (back(d.reshape(shape[0], -1)), *(None,) * 7)
+        return (back(d.reshape(shape[:2])), *(None,) * 7)
     if each:
         found = [back(dp[:, b]) if need else None for b, need in enumerate(needs[:count])]
     else:

@@ -59,7 +59,11 @@ def _inside(x: Tensor, gate: Tensor) -> bool:
 def _check_apply(x: Tensor, dy: Tensor, gate: Tensor, dpooled: Tensor, merge: str) -> None:
     checks.feature_map("x", x)
     checks.tensor("gate", gate)
-    if gate.dim() != 3 or gate.shape[0] != x.shape[0] or x.shape[1] not in (gate.shape[2], gate[0].numel()):
+    if (
+        gate.dim() != 3
+        or gate.shape[0] != x.shape[0]
+        or x.shape[1] not in (gate.shape[2], gate.shape[1] * gate.shape[2])
+    ):
         raise ValueError(f"gate must have shape (N, B, C) for x {tuple(x.shape)}; got {tuple(gate.shape)}")
     checks.one_of("merge", merge, branches.MERGES)
     branches.check_gradient(x, gate, dy, merge)

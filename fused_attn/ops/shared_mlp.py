@@ -126,7 +126,8 @@ def pack(mlp: Mlp, u: Tensor, z: Tensor | None) -> Tensor:
 
 def statistics(mlp: Mlp, saved: Tensor) -> Tensor:
     """(2, H): the batch's mean and biased variance, for whoever keeps running statistics."""
-    return saved[-2 * mlp.w1.shape[0] :].view(2, -1).clone()
+    hidden = mlp.w1.shape[0]
+    return saved.narrow(0, saved.numel() - 2 * hidden, 2 * hidden).view(2, hidden).clone()
 
 
 def backward(mlp: Mlp, p: Tensor, saved: Tensor, dgate: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -162,7 +163,7 @@ def backward(mlp: Mlp, p: Tensor, saved: Tensor, dgate: Tensor) -> tuple[Tensor,
             dz = d if mlp.norm_weight is None else d * mlp.norm_weight
             if mlp.norm == "batch":
                 dz = dz - dz.mean(0) - zhat * (dz * zhat).mean(0)
-                var = saved[-hidden:]
+                var = saved.narrow(0, saved.numel() - hidden, hidden)
             else:
                 var = mlp.norm_var  # type: ignore[assignment]
             d = dz * torch.rsqrt(var + mlp.eps)
@@ -184,8 +185,9 @@ def gradients_like(mlp: Mlp, grads: list[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def or_none(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The operator's gradients as autograd wants them."""
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    """The operator's gradients as autograd wants them; None too for a tensor that was given and isn't used, such as the
+    slopes of an activation that has none."""
+    return tuple(g if need and g.numel() else None for g, need in zip(grads, needs, strict=True))
 
 
 def _check(pooled: Tensor, *mlp: object) -> None:
