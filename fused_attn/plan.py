@@ -444,6 +444,8 @@ RULES: dict[str, Rule] = {}
 STRUCTURES: dict[str, Callable[[type], Rule | None]] = {}
 # Who is asked about a class that no rule names: (class, module or None) -> Rule or None.
 READERS: list[Callable[[type, nn.Module | None], Rule | None]] = []
+# And who is asked whether it is a parent, of gates that need not be its own.
+PARENTS: list[Callable[[type, nn.Module | None], Rule | None]] = []
 
 
 def register(*rules: Rule) -> tuple[Rule, ...]:
@@ -478,7 +480,7 @@ def by_structure(name: str, make: Callable[[str], Rule]) -> None:
 
 
 def _read(cls: type) -> Rule | None:
-    return next((rule for reader in READERS if (rule := reader(cls, None)) is not None), None)
+    return next((rule for reader in (*READERS, *PARENTS) if (rule := reader(cls, None)) is not None), None)
 
 
 def _restore(original: type[nn.Module], rule_path: str) -> nn.Module:
