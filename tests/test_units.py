@@ -134,6 +134,51 @@ class Projected(nn.Module):
         return nn.ReLU(inplace=True)(self.shortcut(x) + self.residual_function(x))
 
 
+def shrinkage(dims: int) -> type[nn.Module]:
+    """Channel-wise thresholds, as ports of the deep residual shrinkage network have them."""
+
+    class Shrinkage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gap = nn.AdaptiveAvgPool1d(1) if dims == 1 else nn.AdaptiveAvgPool2d(1)
+            self.fc = nn.Sequential(
+                nn.Linear(C, C), nn.BatchNorm1d(C), nn.ReLU(), nn.Linear(C, C), nn.Sigmoid()
+            )  # fmt: skip
+
+    class Signals(Shrinkage):
+        def forward(self, x: Tensor) -> Tensor:
+            mean = torch.flatten(self.gap(torch.abs(x)), 1)
+            threshold = torch.mul(mean, self.fc(mean)).unsqueeze(2)
+            return torch.mul(torch.sign(x), torch.relu(torch.abs(x) - threshold))
+
+    class Images(Shrinkage):
+        def forward(self, x: Tensor) -> Tensor:
+            mean = torch.flatten(self.gap(torch.abs(x)), 1)
+            threshold = torch.mul(mean, self.fc(mean)).unsqueeze(2).unsqueeze(2)
+            return torch.mul(torch.sign(x), torch.relu(torch.abs(x) - threshold))
+
+    found = Signals if dims == 1 else Images
+    found.__name__ = "Shrinkage"
+    return found
+
+
+class Shrunk(nn.Module):
+    """A residual shrinkage unit: the shrinkage is the last layer of a Sequential, and a child of its own, too."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        layer, norm = (nn.Conv1d, nn.BatchNorm1d) if dims == 1 else (nn.Conv2d, nn.BatchNorm2d)
+        self.shrinkage = shrinkage(dims)()
+        self.residual_function = nn.Sequential(
+            layer(C, 8, 3, padding=1), norm(8), nn.ReLU(inplace=True), layer(8, C, 3, padding=1), norm(C),
+            self.shrinkage,
+        )  # fmt: skip
+        self.shortcut = nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.ReLU(inplace=True)(self.residual_function(x) + self.shortcut(x))
+
+
 UNITS = {
     "cbam": (lambda: Bottleneck(CBAM()), "norm + act, norm + gate + add + act"),
     "cbam resized": (lambda: Bottleneck(CBAM(channels=24), C, 2, 24), "norm + act, norm + gate + add + act"),
@@ -426,3 +471,19 @@ def test_libraries(name: str, training: bool) -> None:
     unfused = [line.reason[:15] for line in explain(module, x).lines if line.backend == "unfused"]
     # The gate at the end merges its input's splits: it can't take a shortcut of another shape.
     assert unfused == ["the shortcut is"] * ("two layers" in name)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_shrinkage_units(dims: int, training: bool) -> None:
+    """The whole unit of a port of DRSN: norms and activations, the sum and ReLU behind the thresholds; for signals."""
+    original = made(lambda: Shrunk(dims)).train(training)
+    module = copy.deepcopy(original)
+    report = fuse_(module)
+    assert [(row.name, row.part) for row in report.rows] == [
+        ("", "norm + act, gate + add + act"), ("shrinkage", "gate"),
+    ]  # fmt: skip
+    x = feature_map(C, (9, 8)[:dims])
+    zero = ["shrinkage.fc.0.bias", "residual_function.0.bias", "residual_function.3.bias"]
+    assert_same_step(module, original, x, within=1e-9, zero=zero if training else ())
+    assert not [line for line in explain(module, x).lines if line.backend == "unfused"]
