@@ -237,6 +237,8 @@ def recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]
     inside: set[int] = set()  # a gate's own layers aren't read once more as a gate
     for name, module in model.named_modules():
         rule = known(module, id(module) not in inside)
+        if rule is not None and rule.alone and id(module) in inside and not isinstance(module, Planned):
+            continue
         if rule is not None or isinstance(module, Planned):
             if rule is None or rule.tail is None:
                 inside.update(map(id, module.modules()))

@@ -374,6 +374,7 @@ class Rule:
     tail: None for a gate; for its parent, what stands between the gate and the end
     holds: module -> whether it has a gate, where only some modules of the class do
     ahead: whether the gate's plan has `maps`, which a norm behind it may be computed with
+    alone: it is a part of other gates, which compute it; only one that stands by itself is converted
     """
 
     path: str
@@ -383,6 +384,7 @@ class Rule:
     tail: Any = None
     holds: Callable[[nn.Module], bool] | None = None
     ahead: bool = False
+    alone: bool = False
 
     def refuses(self, cls: type) -> str | None:
         """Why modules of class `cls`, this rule's or a subclass, don't run the forward that the rule knows; or None."""
