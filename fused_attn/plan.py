@@ -73,6 +73,7 @@ class Plan:
 
     # Whether `run` is the module's whole forward, and takes a residual and an epilogue: what a parent's tail needs.
     fits_tail: ClassVar[bool] = False
+    opens: ClassVar[bool] = False  # whether compilers, where nothing is differentiated, look into what `run` calls
     traces: ClassVar[bool] = True  # whether `run` takes what torch.fx puts in a tensor's place
 
     def __init__(self, module: nn.Module, skipped: Iterable[str], fixed: Iterable[str] = ()) -> None:
@@ -260,15 +261,20 @@ def ready(module: nn.Module) -> Plan | None:
     return renew(module)
 
 
-def left_to_compiler(x: Any) -> bool:
+def left_to_compiler(x: Any, least: int | None = None) -> bool:
     """Whether a module's own equations do as well as its plan: in a program compiled without gradients, where the
     plan's ops would be these equations too, and looking the plan over is what costs: each thing looked at is looked at
-    again on every call."""
+    again on every call.
+
+    least: how many elements x must have for the plan's ops, which no compiler looks into, to be faster; None: they are
+        these equations
+    """
     return (
         is_inference_compiled()
         and is_free()
         and isinstance(x, Tensor)
         and (x.dtype in _EXACT or torch.is_autocast_enabled(x.device.type))  # half maps beside wide weights need the op
+        and (least is None or (x.is_cpu and x.numel() < least))
     )
 
 

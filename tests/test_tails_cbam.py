@@ -214,3 +214,35 @@ def test_small_maps_keep_their_norm(monkeypatch):
         assert not ran(block, x) & {"affine_spatial_pool"}
         monkeypatch.setattr(normed, "LEAST", x.numel() // 2)
         assert ran(block, x) >= TOGETHER
+
+
+@pytest.mark.parametrize("which", ["timm", "pytorchcv", "ours"])
+def test_compiled_without_gradients(which, monkeypatch):
+    """Large maps go through the ops, the add and the activation with them; small ones, for which the look at the plan
+    and the calls of ops cost more than they save, are the compiler's own, and no op is called."""
+    torch.manual_seed(0)
+    if which == "ours":
+        original = models.cbam_resnet50(layers=(1,), planes=(4,), small_input=True, num_classes=3)
+        x = torch.randn(2, 3, 8, 8, dtype=F64)
+    else:
+        original, x = BLOCKS[which][0](), torch.randn(2, C, 8, 7, dtype=F64)
+    original = redraw(original).to(F64).eval()
+    module = copy.deepcopy(original)
+    fuse_(module)
+    want, graphs = original(x), []
+
+    def backend(graph, inputs):
+        graphs.append([n for n in graph.graph.nodes if "fused_attn" in str(n.target)])
+        return graph.forward
+
+    for least in (0, 10**9):
+        monkeypatch.setattr(normed, "LEAST", least)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            got = torch.compile(module, backend=backend, fullgraph=True)(x)
+        assert relative(got, want) < 1e-10
+    large, small = graphs
+    assert small == []
+    (scale,) = [n for n in large if "scale" in str(n.target)]
+    assert {"relu", "product"} <= set(scale.args)
+    assert scale.args[2] is not None  # the residual

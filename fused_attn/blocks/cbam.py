@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..backend import forced
 from ..layout import accumulator
 from ..ops import activations, dual_scale, plane_conv, pool_scale, shared_mlp
-from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, path, ready, register, renew
+from ..plan import Plan, Planned, Refused, Rule, activation, fingerprint, left_to_compiler, path, ready, register, renew
 from ..registry import Block, case
 from . import normed, norms
 from .chain import Tail, tail_rule
@@ -258,7 +258,7 @@ class CbamPlan(DeepPlan):
 
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign CBAM's forward becomes."""
-    plan = ready(self)
+    plan = None if left_to_compiler(x, normed.LEAST) else ready(self)
     if plan is None or not isinstance(x, Tensor) or x.dim() != 4:  # a Proxy of torch.fx isn't
         return self.original.forward(self, x)
     return plan.run(x, None, "identity", 0.01)
@@ -394,7 +394,7 @@ class CBAM(Planned):
         residual, epilogue, epilogue_slope: what follows the gates, in the same pass, as in `scale`
         Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
         """
-        plan = ready(self)
+        plan = None if left_to_compiler(x, normed.LEAST) else ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)
         u = x * self.channel_gate(x)

@@ -25,6 +25,7 @@ from torch.compiler import is_compiling
 
 from ..ops import activations
 from ..plan import (
+    KEY,
     READERS,
     Plan,
     Planned,
@@ -204,11 +205,13 @@ class TailPlan(Plan):
 
     steps: the layers before the gate at the end
     norm: the BatchNorm before that gate, with the module itself; or None
-    end: that gate, and gated: whether there is one; between: DropPath behind it; act: the activation at the end
+    end: that gate, and gated: whether there is one; opaque: it has a plan that compilers don't look into
+    between: DropPath behind it; act: the activation at the end
     """
 
     __slots__ = (
-        "act", "between", "drop_path", "end", "epilogue", "gated", "last", "norm", "skips", "slope", "steps", "tail",
+        "act", "between", "drop_path", "end", "epilogue", "gated", "last", "norm", "opaque", "skips", "slope",
+        "steps", "tail",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, tail: Tail) -> None:
@@ -221,6 +224,8 @@ class TailPlan(Plan):
             raise Refused(f"{tail.gate} isn't called")
         gate = tail.last(module)
         self.end, self.gated = gate, gate is not None
+        its: Plan | None = None if gate is None else vars(gate).get(KEY)
+        self.opaque = its is not None and its.fits_tail and not its.opens
         if gate is not None and (why := _more_than_its_plan(gate)) is not None:
             raise Refused(f"{tail.gate} is a {path(type(gate))}, which {why}")
         self.tail = tail
@@ -445,9 +450,15 @@ def _weighed(gate: nn.Module, norm: normed.Norm, x: Any, act: str, slope: float 
     return normed.run_ahead(norm, (excite, tensors), maps, merge, act, slope), True
 
 
+def _opaque(self: Any) -> bool:
+    """Whether a parent ends in a gate whose ops no compiler looks into, so that it joins nothing to them itself."""
+    plan: TailPlan | None = self.__dict__.get(KEY)
+    return plan is not None and plan.opaque
+
+
 def forward(self: Any, x: Tensor) -> Tensor:
     """What a parent's forward becomes: the original's order, a norm with what follows it as one op."""
-    if left_to_compiler(x):
+    if left_to_compiler(x) and (left_to_compiler(x, normed.LEAST) or not _opaque(self)):
         return self.original.forward(self, x)
     plan: TailPlan | None = ready(self)  # type: ignore[assignment]
     if plan is None or (type(x) is not Tensor and _extracting(x)):
