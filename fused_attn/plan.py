@@ -261,20 +261,20 @@ def ready(module: nn.Module) -> Plan | None:
     return renew(module)
 
 
-def left_to_compiler(x: Any, least: int | None = None) -> bool:
+def left_to_compiler(x: Any, opaque: bool = False) -> bool:
     """Whether a module's own equations do as well as its plan: in a program compiled without gradients, where the
     plan's ops would be these equations too, and looking the plan over is what costs: each thing looked at is looked at
     again on every call.
 
-    least: how many elements x must have for the plan's ops, which no compiler looks into, to be faster; None: they are
-        these equations
+    opaque: the plan's ops are such that no compiler looks into them. Then on a CPU alone, where whole networks were
+        measured to be faster with the compiler's own code
     """
     return (
         is_inference_compiled()
         and is_free()
         and isinstance(x, Tensor)
         and (x.dtype in _EXACT or torch.is_autocast_enabled(x.device.type))  # half maps beside wide weights need the op
-        and (least is None or (x.is_cpu and x.numel() < least))
+        and (x.is_cpu or not opaque)
     )
 
 

@@ -258,7 +258,7 @@ class CbamPlan(DeepPlan):
 
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign CBAM's forward becomes."""
-    plan = None if left_to_compiler(x, normed.LEAST) else ready(self)
+    plan = None if left_to_compiler(x, opaque=True) else ready(self)
     if plan is None or not isinstance(x, Tensor) or x.dim() != 4:  # a Proxy of torch.fx isn't
         return self.original.forward(self, x)
     return plan.run(x, None, "identity", 0.01)
@@ -394,7 +394,7 @@ class CBAM(Planned):
         residual, epilogue, epilogue_slope: what follows the gates, in the same pass, as in `scale`
         Raises ValueError or TypeError, naming the argument, for a wrong shape, dtype or option.
         """
-        plan = None if left_to_compiler(x, normed.LEAST) else ready(self)
+        plan = None if left_to_compiler(x, opaque=True) else ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)
         u = x * self.channel_gate(x)

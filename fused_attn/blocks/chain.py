@@ -458,7 +458,7 @@ def _opaque(self: Any) -> bool:
 
 def forward(self: Any, x: Tensor) -> Tensor:
     """What a parent's forward becomes: the original's order, a norm with what follows it as one op."""
-    if left_to_compiler(x) and (left_to_compiler(x, normed.LEAST) or not _opaque(self)):
+    if left_to_compiler(x) and (left_to_compiler(x, opaque=True) or not _opaque(self)):
         return self.original.forward(self, x)
     plan: TailPlan | None = ready(self)  # type: ignore[assignment]
     if plan is None or (type(x) is not Tensor and _extracting(x)):
