@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from . import log
-from .plan import KEY, OURS, READERS, Fused, Plan, Planned, Refused, Rule, fused_class, path, renew, rule_of
+from .plan import KEY, OURS, PARENTS, READERS, Fused, Plan, Planned, Refused, Rule, fused_class, path, renew, rule_of
 
 __all__ = ["Report", "Row", "fuse_", "unfuse_"]
 
@@ -183,7 +183,10 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
     changes: list[Change] = []
     modules = list(model.named_modules())
     gates: set[int] = set()  # modules that run, or will run, by a plan that a parent's tail may run
+    within: set[int] = set()  # a gate's own layers aren't read as a parent's
     for name, module, rule in recognised(model):
+        if (rule is None and isinstance(module, Planned)) or (rule is not None and rule.tail is None):
+            within.update(id(part) for part in module.modules() if part is not module)
         if isinstance(module, Planned):
             plan = vars(module).get(KEY)
             if (rule is None or rule.tail is None) and (plan is None or plan.fits_tail):
@@ -199,7 +202,7 @@ def _decide(model: nn.Module, selected: Callable[[nn.Module, str], bool]) -> tup
                     gates.add(id(module))
                 changes.append((module, rule))
     for name, module in modules:
-        rule = known(module, read=False)
+        rule = known(module, id(module) not in within)
         if isinstance(module, Planned) or rule is None or rule.tail is None:
             continue
         inside = rule.tail.gates(module)
@@ -235,6 +238,8 @@ def recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]
     inside: set[int] = set()  # a gate's own layers aren't read once more as a gate
     for name, module in model.named_modules():
         rule = known(module, id(module) not in inside)
+        if rule is not None and rule.alone and id(module) in inside and not isinstance(module, Planned):
+            continue
         if rule is not None or isinstance(module, Planned):
             if rule is None or rule.tail is None:
                 inside.update(map(id, module.modules()))
@@ -252,7 +257,7 @@ def known(module: nn.Module, read: bool = True) -> Rule | None:
         return None
     if (rule := rule_of(type(module))) is not None:
         return rule if rule.holds is None or rule.holds(module) else None
-    found = (reader(type(module), module) for reader in READERS) if read else ()
+    found = (reader(type(module), module) for reader in (*READERS, *PARENTS)) if read else ()
     return next((rule for rule in found if rule is not None), None)
 
 

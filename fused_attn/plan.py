@@ -74,6 +74,7 @@ class Plan:
 
     # Whether `run` is the module's whole forward, and takes a residual and an epilogue: what a parent's tail needs.
     fits_tail: ClassVar[bool] = False
+    opens: ClassVar[bool] = False  # whether compilers, where nothing is differentiated, look into what `run` calls
     traces: ClassVar[bool] = True  # whether `run` takes what torch.fx puts in a tensor's place
 
     def __init__(self, module: nn.Module, skipped: Iterable[str], fixed: Iterable[str] = ()) -> None:
@@ -271,15 +272,20 @@ def leaf(module: nn.Module, x: Any, *more: Any) -> Any:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *more), {})  # type: ignore[attr-defined]
 
 
-def left_to_compiler(x: Any) -> bool:
+def left_to_compiler(x: Any, opaque: bool = False) -> bool:
     """Whether a module's own equations do as well as its plan: in a program compiled without gradients, where the
     plan's ops would be these equations too, and looking the plan over is what costs: each thing looked at is looked at
-    again on every call."""
+    again on every call.
+
+    opaque: the plan's ops are such that no compiler looks into them. Then on a CPU alone, where whole networks were
+        measured to be faster with the compiler's own code
+    """
     return (
         is_inference_compiled()
         and is_free()
         and isinstance(x, Tensor)
         and (x.dtype in _EXACT or torch.is_autocast_enabled(x.device.type))  # half maps beside wide weights need the op
+        and (x.is_cpu or not opaque)
     )
 
 
@@ -393,6 +399,7 @@ class Rule:
     tail: None for a gate; for its parent, what stands between the gate and the end
     holds: module -> whether it has a gate, where only some modules of the class do
     ahead: whether the gate's plan has `maps`, which a norm behind it may be computed with
+    alone: it is a part of other gates, which compute it; only one that stands by itself is converted
     """
 
     path: str
@@ -402,6 +409,7 @@ class Rule:
     tail: Any = None
     holds: Callable[[nn.Module], bool] | None = None
     ahead: bool = False
+    alone: bool = False
 
     def refuses(self, cls: type) -> str | None:
         """Why modules of class `cls`, this rule's or a subclass, don't run the forward that the rule knows; or None."""
@@ -484,6 +492,8 @@ RULES: dict[str, Rule] = {}
 STRUCTURES: dict[str, Callable[[type], Rule | None]] = {}
 # Who is asked about a class that no rule names: (class, module or None) -> Rule or None.
 READERS: list[Callable[[type, nn.Module | None], Rule | None]] = []
+# And who is asked whether it is a parent, of gates that need not be its own.
+PARENTS: list[Callable[[type, nn.Module | None], Rule | None]] = []
 
 
 def register(*rules: Rule) -> tuple[Rule, ...]:
@@ -518,7 +528,7 @@ def by_structure(name: str, make: Callable[[str], Rule]) -> None:
 
 
 def _read(cls: type) -> Rule | None:
-    return next((rule for reader in READERS if (rule := reader(cls, None)) is not None), None)
+    return next((rule for reader in (*READERS, *PARENTS) if (rule := reader(cls, None)) is not None), None)
 
 
 def _restore(original: type[nn.Module], rule_path: str) -> nn.Module:

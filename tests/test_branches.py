@@ -307,6 +307,22 @@ def test_refusals(build, change, told: str) -> None:
     assert re.search(told, row[1]), row
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_timms_attention_by_itself(training: bool) -> None:
+    """Branches in, their weights out: converted where it stands alone, and left to the selective kernel around it."""
+    original = redraw(timm_sk.SelectiveKernelAttn(8, 3, 5)).to(F64).train(training)
+    module = copy.deepcopy(original)
+    assert fuse_(module).fused == [""]
+    x = torch.randn(4, 3, 8, 5, 6, generator=torch.Generator().manual_seed(4), dtype=F64)
+    assert_same_step(module, original, x, within=1e-10)
+    with pytest.raises(AssertionError):
+        module(x[:, :2])
+    around = timm_sk.SelectiveKernel(16)
+    assert fuse_(around).fused == [""]
+    assert type(around.attn) is timm_sk.SelectiveKernelAttn
+    assert fuse_(timm_sk.SelectiveKernelAttn(8, 3, 5, norm_layer=lambda c, **_: nn.GroupNorm(1, c))).refused
+
+
 def test_pytorchcvs_single_split() -> None:
     """Its softmax is over one value: 1, without a gradient, but NaN where the mean isn't finite."""
     original = redraw(pytorchcv_att.SABlock(16, 2, 1)).eval()

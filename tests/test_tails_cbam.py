@@ -2,6 +2,7 @@
 block in float64."""
 
 import copy
+import functools
 
 import pytest
 import support  # noqa: F401  (before torchvision)
@@ -10,7 +11,8 @@ from support import redraw, relative
 from torch import nn
 
 from fused_attn import explain, fuse_, models
-from fused_attn.blocks import CBAM, normed
+from fused_attn.blocks import CBAM, cbam, chain, normed
+from fused_attn.plan import left_to_compiler
 
 pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -214,3 +216,41 @@ def test_small_maps_keep_their_norm(monkeypatch):
         assert not ran(block, x) & {"affine_spatial_pool"}
         monkeypatch.setattr(normed, "LEAST", x.numel() // 2)
         assert ran(block, x) >= TOGETHER
+
+
+def _left(left, on_cpu, x, opaque=False):
+    return left(x, opaque) and (on_cpu or not opaque)
+
+
+@pytest.mark.parametrize("which", ["timm", "pytorchcv", "ours"])
+def test_compiled_without_gradients(which, monkeypatch):
+    """On a CPU the equations are the compiler's, and no op is called. Elsewhere the ops are, and the add and the
+    activation go with them; here that is what a CPU does where it is told that it is none."""
+    torch.manual_seed(0)
+    if which == "ours":
+        original = models.cbam_resnet50(layers=(1,), planes=(4,), small_input=True, num_classes=3)
+        x = torch.randn(2, 3, 8, 8, dtype=F64)
+    else:
+        original, x = BLOCKS[which][0](), torch.randn(2, C, 8, 7, dtype=F64)
+    original = redraw(original).to(F64).eval()
+    module = copy.deepcopy(original)
+    fuse_(module)
+    want, graphs = original(x), []
+
+    def backend(graph, inputs):
+        graphs.append([n for n in graph.graph.nodes if "fused_attn" in str(n.target)])
+        return graph.forward
+
+    for on_cpu in (False, True):
+        for where in (chain, cbam):
+            asked = functools.partial(_left, left_to_compiler, on_cpu)
+            monkeypatch.setattr(where, "left_to_compiler", asked)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            got = torch.compile(module, backend=backend, fullgraph=True)(x)
+        assert relative(got, want) < 1e-10
+    elsewhere, here = graphs
+    assert here == []
+    (scale,) = [n for n in elsewhere if "scale" in str(n.target)]
+    assert {"relu", "product"} <= set(scale.args)
+    assert scale.args[2] is not None  # the residual

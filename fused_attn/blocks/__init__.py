@@ -1,6 +1,6 @@
 """The mechanisms, one file each: equations, module, conversion rules, cases. `tails`: what follows a gate."""
 
-from . import authors, se_source, shrinkage_ports, tails  # noqa: F401  (they register rules)
+from . import authors, se_source, shrinkage_ports, tails, units  # noqa: F401  (they register rules)
 from .bam import BAM
 from .cbam import CBAM
 from .eca import ECA

@@ -27,7 +27,21 @@ from torch import Tensor, nn
 from ..backend import forced
 from ..layout import accumulator
 from ..ops import activations, dual_scale, plane_conv, pool_scale, shared_mlp
-from ..plan import Plan, Planned, Refused, Rule, activation, author, fingerprint, leaf, path, ready, register, renew
+from ..plan import (
+    Plan,
+    Planned,
+    Refused,
+    Rule,
+    activation,
+    author,
+    fingerprint,
+    leaf,
+    left_to_compiler,
+    path,
+    ready,
+    register,
+    renew,
+)
 from ..registry import Block, case
 from . import normed, norms
 from .chain import Tail, tail_rule
@@ -258,7 +272,7 @@ class CbamPlan(DeepPlan):
 
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign CBAM's forward becomes."""
-    plan = ready(self)
+    plan = None if left_to_compiler(x, opaque=True) else ready(self)
     if plan is None or not isinstance(x, Tensor) or x.dim() != 4:  # a Proxy of torch.fx isn't
         return author(type(self)).forward(self, x)
     return plan.run(x, None, "identity", 0.01)
@@ -396,7 +410,7 @@ class CBAM(Planned):
         """
         if (node := leaf(self, x, residual, epilogue, epilogue_slope)) is not None:
             return node
-        plan = ready(self)
+        plan = None if left_to_compiler(x, opaque=True) else ready(self)
         if plan is not None:
             return plan.run(x, residual, epilogue, epilogue_slope)
         u = x * self.channel_gate(x)

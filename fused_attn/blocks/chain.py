@@ -25,6 +25,8 @@ from torch.compiler import is_compiling
 
 from ..ops import activations
 from ..plan import (
+    KEY,
+    READERS,
     Plan,
     Planned,
     Refused,
@@ -95,8 +97,10 @@ def by_plan(module: nn.Module) -> bool:
     if isinstance(module, Planned):
         rule = getattr(module, "rule", None)
         return rule is None or rule.tail is None
-    rule = rule_of(type(module))
-    return rule is not None and rule.tail is None and (rule.holds is None or rule.holds(module))
+    if (rule := rule_of(type(module))) is not None:
+        return rule.tail is None and (rule.holds is None or rule.holds(module))
+    own = not type(module).__module__.startswith("torch.")
+    return own and any(reader(type(module), module) is not None for reader in READERS)
 
 
 def goes_ahead(module: nn.Module) -> bool:
@@ -172,6 +176,14 @@ class Tail:
         child: nn.Module | None = vars(module)["_modules"].get(self.gate)
         return None if path(type(child)) == IDLE else child
 
+    def ends(self, module: nn.Module) -> nn.Module | None:
+        """The activation at the end, or None."""
+        return None if self.act is None else vars(module)["_modules"][self.act]
+
+    def more(self, module: nn.Module) -> list[Leaf]:
+        """Layers besides `leaves` that aren't children of the module itself, and are skipped."""
+        return []
+
     def gates(self, module: nn.Module) -> list[nn.Module]:
         """The gates of a parent: at the end, and among its layers."""
         last = self.last(module)
@@ -195,10 +207,14 @@ class TailPlan(Plan):
 
     steps: the layers before the gate at the end
     norm: the BatchNorm before that gate, with the module itself; or None
-    gated: whether there is such a gate
+    end: that gate, and gated: whether there is one; opaque: it has a plan that compilers don't look into
+    between: DropPath behind it; act: the activation at the end
     """
 
-    __slots__ = ("drop_path", "end", "epilogue", "gated", "last", "norm", "skips", "slope", "steps", "tail")
+    __slots__ = (
+        "act", "between", "drop_path", "end", "epilogue", "gated", "last", "norm", "opaque", "skips", "slope",
+        "steps", "tail",
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module, tail: Tail) -> None:
         children = module.__dict__["_modules"]
@@ -210,14 +226,17 @@ class TailPlan(Plan):
             raise Refused(f"{tail.gate} isn't called")
         gate = tail.last(module)
         self.end, self.gated = gate, gate is not None
+        its: Plan | None = None if gate is None else vars(gate).get(KEY)
+        self.opaque = its is not None and its.fits_tail and not its.opens
         if gate is not None and (why := _more_than_its_plan(gate)) is not None:
             raise Refused(f"{tail.gate} is a {path(type(gate))}, which {why}")
         self.tail = tail
         self.epilogue, self.slope = "identity", 0.01
-        if tail.act is not None:
-            self.epilogue, self.slope = activation(self, tail.act, children[tail.act], activations.EPILOGUES)
+        self.act = tail.ends(module)
+        if self.act is not None:
+            self.epilogue, self.slope = activation(self, tail.act or "", self.act, activations.EPILOGUES)
         between = children.get(tail.drop_path) if tail.drop_path and self.skips else None
-        self.drop_path = None
+        self.drop_path, self.between = None, between
         if between is not None and path(type(between)) != IDLE:
             rate = _DROP_PATHS.get(path(type(between)))
             if rate is None:
@@ -256,15 +275,17 @@ class TailPlan(Plan):
         return found if path(type(leaf.module)) != IDLE and tampered(leaf.module) is None else None
 
     def _compile(self, module: nn.Module, tail: Tail) -> tuple[tuple[Step, ...], normed.Norm | None, nn.Module | None]:
-        leaves = tail.leaves(module)
-        self._containers(module, leaves)
+        leaves, also = tail.leaves(module), tail.more(module)
+        self._containers(module, leaves + also)
+        for leaf in also:
+            self._skip(leaf)
         # Layers that do nothing stand between none.
         idle = [leaf for leaf in leaves if path(type(leaf.module)) == IDLE and tampered(leaf.module) is None]
         for leaf in idle:
             self._skip(leaf)
         leaves = [leaf for leaf in leaves if all(leaf is not other for other in idle)]
         steps: list[Step] = []
-        ends = self.gated or tail.act is not None or self.skips
+        ends = self.gated or self.act is not None or self.skips
         i = 0
         while i < len(leaves):
             leaf = leaves[i]
@@ -431,15 +452,21 @@ def _weighed(gate: nn.Module, norm: normed.Norm, x: Any, act: str, slope: float 
     return normed.run_ahead(norm, (excite, tensors), maps, merge, act, slope), True
 
 
+def _opaque(self: Any) -> bool:
+    """Whether a parent ends in a gate whose ops no compiler looks into, so that it joins nothing to them itself."""
+    plan: TailPlan | None = self.__dict__.get(KEY)
+    return plan is not None and plan.opaque
+
+
 def forward(self: Any, x: Tensor) -> Tensor:
     """What a parent's forward becomes: the original's order, a norm with what follows it as one op."""
-    if left_to_compiler(x):
+    if left_to_compiler(x) and (left_to_compiler(x, opaque=True) or not _opaque(self)):
         return author(type(self)).forward(self, x)
     plan: TailPlan | None = ready(self)  # type: ignore[assignment]
     if plan is None or (type(x) is not Tensor and _extracting(x)):
         return author(type(self)).forward(self, x)
-    tail, children, gate = plan.tail, self._modules, None
-    if plan.gated and ((gate := ready(children[tail.gate])) is None or not gate.fits_tail):
+    tail, gate = plan.tail, None
+    if plan.end is not None and ((gate := ready(plan.end)) is None or not gate.fits_tail):
         unfused(self, "its gate runs unfused" if gate is None else "its gate takes no residual and activation")
         return author(type(self)).forward(self, x)
     if gate is not None and not (gate.traces or isinstance(cast(Any, x), Tensor)):
@@ -461,7 +488,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
     elif isinstance(x, Tensor) and x.dim() != getattr(gate, "dim", 4):
         unfused(self, f"the branch has shape {tuple(x.shape)}")
         x = x if norm is None else plan.last(x)  # type: ignore[misc]
-        x, joined = children[tail.gate](x) if plan.gated else x, False
+        x, joined = plan.end(x) if plan.gated else x, False  # type: ignore[misc]
     else:
         if drops:
             unfused(self, "drop_path stands between gate and add")
@@ -474,13 +501,13 @@ def forward(self: Any, x: Tensor) -> Tensor:
         end = (shortcut, plan.epilogue, plan.slope) if joined else (None, "identity", 0.01)
         x = normed.run(norm, behind, x, *end) if norm is not None else gate.run(x, *end)  # type: ignore[union-attr]
     if not joined:
-        x = children[tail.drop_path](x) if drops else x
+        x = plan.between(x) if drops else x  # type: ignore[misc]
         if shortcut is not None:
             if tail.inplace:
                 x += shortcut
             else:
                 x = x + shortcut
-        x = x if tail.act is None else children[tail.act](x)
+        x = x if plan.act is None else plan.act(x)
     return x if tail.after is None else tail.after(self, x, given)
 
 

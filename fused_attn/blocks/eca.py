@@ -53,6 +53,7 @@ class ConvPlan(Plan):
     __slots__ = ("act", "circular", "conv", "first", "gate", "slope")
     dim = 4  # of the maps that timm's modules take: (N, C, H, W)
     fits_tail = True
+    opens = True
 
     def __init__(
         self,

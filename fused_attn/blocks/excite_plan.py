@@ -59,6 +59,7 @@ class ExcitePlan(Plan):
         "slope", "usual",
     )  # fmt: skip
     fits_tail = True
+    opens = True
 
     def __init__(
         self,

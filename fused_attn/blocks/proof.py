@@ -68,7 +68,7 @@ def _plain(value: Any) -> bool:
 
 
 @functools.cache
-def _tree(function: Any) -> ast.Module | None:
+def parsed(function: Any) -> ast.Module | None:
     """A function's source, or None where there is none."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -84,7 +84,7 @@ def methods(cls: type, name: str = "forward") -> dict[str, Callable[..., Any]]:
         name = left.pop()
         method = getattr(cls, name)
         found[name] = method
-        tree = _tree(method)
+        tree = parsed(method)
         if tree is None:
             continue
         read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -97,7 +97,7 @@ class _Reading(ast.NodeVisitor):
     methods and functions of the same file be called; added: floats that may be added to something."""
 
     def __init__(self, function: Any, module: nn.Module | None, deep: bool, added: tuple[float, ...]) -> None:
-        tree = _tree(function)
+        tree = parsed(function)
         if tree is None:
             raise Refused("its forward has no source to look at")
         body = tree.body[0]

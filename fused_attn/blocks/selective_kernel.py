@@ -15,14 +15,16 @@ What differs between published versions:
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan, Refused, Rule, by_structure, register
+from ..ops.branch_pool import branch_pool
+from ..plan import Plan, Refused, Rule, author, by_structure, ready, register
 from ..registry import Block, case
 from .competing import NORMS, Competing, Head, convolution, divisible, foreign, known
+from .norms import keep
 
 _ATTENTION = "timm.layers.selective_kernel.SelectiveKernelAttn", "76e3253b98e9"
 _CONCURRENT = "pytorchcv.models.common.arch.Concurrent", "5fbc48c13294"
@@ -114,6 +116,37 @@ class _Inline(Head):
         y = layers["bn3"](layers["conv3"](y))
         y += x if downsample is None else downsample(x)
         return relu(y)
+
+
+class _Weights(Head):
+    """timm's attention by itself: branches (N, B, C, H, W) in, their weights (N, B, C, 1, 1) out."""
+
+    __slots__ = ("count",)
+    fits_tail = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, "fc_reduce", "fc_select", "act", "bn", fixed=("num_paths",))
+        self.count = vars(module)["num_paths"]
+        if self.groups != 1:
+            raise Refused(f"the layers have {self.groups} groups")
+        self.outputs(self.count)
+
+    def weigh(self, x: Tensor) -> Tensor:
+        excite, given = self.excite()
+        out = excite(branch_pool(x.flatten(1, 2), splits=self.count), *given)
+        logits, *statistics = out if isinstance(out, tuple) else (out,)
+        if statistics:
+            keep(self.norm, statistics[0], x.shape[0])  # type: ignore[arg-type]
+        weights = torch.softmax(logits.unflatten(1, (self.count, -1)), 1).to(x.dtype)
+        return weights[..., None, None]
+
+
+def _weights(self: Any, x: Tensor) -> Tensor:
+    """What the attention's forward becomes; what isn't (N, num_paths, C, H, W) is left to its own, which raises."""
+    plan: Any = ready(self)
+    if plan is None or not isinstance(x, Tensor) or x.dim() != 5 or x.shape[1] != plan.count:
+        return author(type(self)).forward(self, x)
+    return cast(Tensor, plan.weigh(x))
 
 
 class _Attention(nn.Module):
@@ -222,6 +255,7 @@ RULES = register(
         lambda module: _Paths(module, _ATTENTION),
         {"forward": ("cb6194c02e4c",)},
     ),
+    Rule(_ATTENTION[0], _weights, _Weights, {"forward": _ATTENTION[1:]}, alone=True),
     Rule("pytorchcv.models.sknet.SKConvBlock", foreign, _Concurrent, {"forward": ("66ce90d5d388",)}),
     # implus/PytorchInsight is no package: its class is named by wherever the file is imported from.
     *(

@@ -29,10 +29,10 @@ _IDLE = ("torch.nn.modules.flatten.Flatten",)
 
 
 class PortPlan(ShrinkagePlan):
-    """A port's: maps of one number of dimensions alone are what its pooling takes."""
+    """A port's: maps of one number of dimensions alone, `dim`, are what its pooling takes."""
 
-    __slots__ = ("rank",)
-    rank: int
+    __slots__ = ("dim",)
+    dim: int
 
 
 def _plan(module: nn.Module) -> Plan:
@@ -57,7 +57,7 @@ def _plan(module: nn.Module) -> Plan:
         for pool in ("mean_abs", "mean"):
             for factor in FACTORS:
                 if agree(twin, functools.partial(draft, factor=factor, pool=pool), (channels,), (sides,)):
-                    plan.factor, plan.pool, plan.rank = factor, pool, len(sides) + 2
+                    plan.factor, plan.pool, plan.dim = factor, pool, len(sides) + 2
                     plan.fix(pooling, "output_size")
                     return plan
     except (RuntimeError, TypeError, ValueError) as error:
@@ -68,7 +68,7 @@ def _plan(module: nn.Module) -> Plan:
 def _forward(self: Any, x: Tensor) -> Tensor:
     """What a port's forward becomes; another number of dimensions is left to its own."""
     plan: PortPlan | None = ready(self)  # type: ignore[assignment]
-    if plan is None or not isinstance(x, Tensor) or x.dim() != plan.rank:
+    if plan is None or not isinstance(x, Tensor) or x.dim() != plan.dim:
         return author(type(self)).forward(self, x)
     return plan.run(x, None, "identity", 0.01)
 

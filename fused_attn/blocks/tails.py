@@ -120,6 +120,12 @@ def _res2net(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return out, x if self.downsample is None else self.downsample(x)
 
 
+def _resnest(self: Any, x: Tensor) -> Tensor:
+    """DropPath is on the shortcut, and only where that is resized; its random numbers are drawn in any case."""
+    dropped = x if self.drop_path is None else self.drop_path(x)
+    return x if self.downsample is None else self.downsample(dropped)
+
+
 def _epsa(where: str) -> Rule:
     """EPSANet's bottleneck, the authors' (models/epsanet.py): the attention stands before its norm."""
     return tail_rule(where, ("5470e91340cb",), Tail((*_SENET, "conv3", "bn3"), None, "relu", inplace=True))
@@ -247,6 +253,16 @@ TAILS = register(
         "timm.models.sknet.SelectiveKernelBottleneck",
         ("0d8f2731e1de",),
         Tail(("conv1", "conv2", "conv3"), "se", "act", "drop_path", inplace=True),
+    ),
+    tail_rule(
+        "timm.models.resnest.ResNestBottleneck",
+        ("6e2335d64546",),
+        Tail(
+            (
+                "conv1", "bn1", "act1", "avd_first", "conv2", "bn2", "drop_block", "act2", "avd_last", "conv3", "bn3",
+            ),
+            None, "act3", downsample=_resnest, inplace=True,
+        ),
     ),
     tail_rule("timm.models.vovnet.OsaBlock", ("757430c19e12",), Tail(_osa, "attn", None, "drop_path")),
     tail_rule("pytorchcv.models.resnet.ResUnit", ("aba339d01e51",), Tail(*_UNIT, "identity_conv")),

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed, once
+from ..autograd import is_inference_compiled, is_transformed, once
 from ..backend import forced
 from ..layout import accumulator, like, match
 from ..registry import op
@@ -219,7 +219,8 @@ def dual_scale(
     checks.like("residual", residual, "x", x)
     excite_.check(channel_excite, channel_params)
     excite_.check(spatial_excite, spatial_params)
-    recording = torch.is_grad_enabled() or torch.compiler.is_compiling()  # else nobody asks for places of maxima
+    # Else nobody asks for places of maxima.
+    recording = torch.is_grad_enabled() or (torch.compiler.is_compiling() and not is_inference_compiled())
     excites, split = (channel_excite, spatial_excite), len(channel_params)
     params = (*channel_params, *spatial_params)
     if not recording:
