@@ -25,7 +25,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all check bench qualify gen format clean FORCE
+.PHONY: help demo demo-full test test-all mutants sanitize check bench qualify gen format clean FORCE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,12 @@ test: $(BUILD) $(REQUIREMENTS) ## the tests (ARGS="-k name" for some of them)
 
 test-all: $(BUILD) $(REQUIREMENTS) ## the tests and the slow ones: everything that exists
 	@$(call run_tests,)
+
+mutants: $(TORCH) ## CUDA kernels without each of their barriers and shuffles in turn: the emulation must notice
+	$(PY) tests/cuda_emu/mutants.py
+
+sanitize: $(TORCH) ## the emulated CUDA kernels under AddressSanitizer and UBSan
+	$(PY) tests/cuda_emu/mutants.py sanitize
 
 check: $(REQUIREMENTS) ## lint, format, types, generated files
 	@failed=; \
