@@ -21,7 +21,7 @@ from tests.cuda_emu import mutants
 KERNELS = mutants.KERNELS
 SOURCES = sorted(path.stem for path in KERNELS.glob("*.cu"))
 TARGETS = ("sm_80", "sm_90a", "sm_100")
-GROUPS = ("emulator", "pool", "scale", "gradient", "excite")
+GROUPS = ("emulator", "pool", "scale", "gradient", "excite", "far")
 
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 

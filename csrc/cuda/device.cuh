@@ -11,14 +11,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 #endif
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #define FA_DEVICE __device__ __forceinline__
@@ -141,7 +140,10 @@ struct Rows {
         length(uint32_t(x.pixels ? x.c : x.s)),
         per(uint32_t(x.pixels ? x.s : x.c)),
         by_length(length),
-        by_per(per) {}
+        by_per(per) {
+    // A place in a row and the steps of a block from there are 31 bits; a map may have any number of elements.
+    if (std::max(x.c, x.s) > 1 << 30) throw std::length_error("fused_attn: more than 2^30 channels or pixels");
+  }
 };
 
 // Where an element lies: its row, the row's number within its sample, its place in the row. Two 64-bit divisions for

@@ -186,6 +186,7 @@ void pools();
 void scales();
 void gradients();
 void excitations();
+void far();
 void emulator();
 
 }  // namespace check

@@ -260,6 +260,7 @@ int main(int argc, char** argv) {
   run("scale", check::scales);
   run("gradient", check::gradients);
   run("excite", check::excitations);
+  run("far", check::far);
   std::printf("%lld checks, %d failures\n", static_cast<long long>(check::checks), check::failures);
   return check::failures != 0 || check::checks == 0;
 }

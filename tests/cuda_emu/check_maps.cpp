@@ -200,4 +200,80 @@ void gradients() {
   }
 }
 
+// ---- beyond 2^31 elements and 2^32 bytes: the last blocks of maps that have no memory anywhere else
+static void far_maps(bool pixels, unsigned seed) {
+  using T = BFloat16;
+  const Shape s{3, pixels ? 56 : 1021, (1 << (pixels ? 24 : 20)) + 7, pixels};
+  const int64_t length = s.c * s.s, total = s.total(), touched = 1 << 17;
+  Run run{"far " + text(s) + " seed " + std::to_string(seed)};
+  emulation::Sparse<T> x("x", total, false), y("y", total, true);
+  Device<float> gate("gate", s.n * s.c, false, false), work("work", workspace_of(s), false, true),
+      sums("sums", s.n * s.c, false, true);
+  fill(gate, 1, 0.5);
+  for (int64_t e = total - touched; e < total; ++e) x[e] = T(float(e % 13) - 5);
+  const auto channel = [&](int64_t e) { return pixels ? e / length * s.c + e % s.c : e / s.s; };
+  try {
+    scale<T>({seed, 3}, s, x.get(), gate.get(), nullptr, nullptr, y.get(), Merge::product, Act::identity, 0);
+    for (int64_t e = total - 3 * kThreads * kWide<T>; e < total; ++e) {
+      const double want = double(x[e]) * double(gate[channel(e)]);
+      run.near("y", e - total, y[e], want, std::abs(want));
+    }
+    spread<T>({seed, 3}, s, x.get(), x.get(), gate.get(), gate.get(), y.get(), Act::identity, 0);
+    for (int64_t e = total - 3 * kThreads * kWide<T>; e < total; ++e) {
+      const double g = double(gate[channel(e)]), want = double(x[e]) * g + g;
+      run.near("dx", e - total, y[e], want, std::abs(want) + 1);
+    }
+    pool<T>({seed, 4}, s, Pool::mean, x.get(), sums.get(), nullptr, nullptr, work.get(), nullptr);
+    const int64_t runs = runs_of(s);
+    if (pixels) {  // the last run of the last sample: its channels
+      for (int64_t c = 0; c < s.c; ++c) {
+        double sum = 0, size = 0;
+        for (int64_t p = (runs - 1) * pixels_per_run(s.c); p < s.s; ++p) {
+          const double v = double(x[at(s, s.n - 1, c, p)]);
+          sum += v, size += std::abs(v);
+        }
+        run.near("part", c, work[(s.n * runs - 1) * s.c + c], sum, size);
+      }
+    } else {  // the last runs of the last plane
+      for (int64_t k = runs - 4; k < runs; ++k) {
+        double sum = 0, size = 0;
+        for (int64_t i = k * kDirectRun; i < std::min((k + 1) * kDirectRun, s.s); ++i) {
+          const double v = double(x[at(s, s.n - 1, s.c - 1, i)]);
+          sum += v, size += std::abs(v);
+        }
+        run.near("part", k, work[(s.n * s.c - 1) * runs + k], sum, size);
+      }
+    }
+  } catch (const emulation::Defect& defect) {
+    complain(run.what, defect.what());
+  }
+}
+
+void far() {
+  far_maps(false, options().first);
+  far_maps(true, options().first);
+  // Divisions by multiplication, and places counted from a block's first, against 64-bit division.
+  Run run{"far divisions"};
+  std::mt19937_64 draw(5);
+  for (int i = 0; i < 100000; ++i) {
+    const uint32_t d = uint32_t(draw() % (uint64_t(1) << (1 + draw() % 30))) + 1, n = uint32_t(draw() >> 33);
+    const uint32_t edge = n / d * d;
+    const Divisor divide(d);
+    if (divide(n) != n / d || divide(edge) != edge / d || (edge && divide(edge - 1) != (edge - 1) / d)) {
+      run.same("quotient", divide(n), n / d);
+      break;
+    }
+    const Shape s{int64_t(1) << 20, int64_t(draw() % 3000 + 1), int64_t(draw() % 3000 + 1), i % 2 == 0};
+    const Rows rows(s);
+    const int64_t first = int64_t(draw() % uint64_t(s.total())), length = s.pixels ? s.c : s.s,
+                  e = first + draw() % 8192;
+    const Place p = Place(rows, first).ahead(rows, uint32_t(e - first));
+    if (p.row != e / length || p.at != e % length || p.sample != e / (s.c * s.s) || p.within != p.row % rows.per) {
+      run.same("place", p.row, e / length);
+      break;
+    }
+    ++checks;
+  }
+}
+
 }  // namespace check

@@ -15,6 +15,7 @@
 // here has any of them.
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -126,6 +127,31 @@ class Device {
   uintptr_t key_ = 0;
 };
 
+// One so large that it isn't there: pages that nobody touches have no memory, and read as 0.
+template <class T>
+class Sparse {
+ public:
+  Sparse(const std::string& name, int64_t size, bool writable) : bytes_(size_t(size) * sizeof(T)) {
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data_ == MAP_FAILED) throw std::runtime_error("no address space for " + name);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data_);
+    memory().arrays[begin + bytes_] = {begin, begin + bytes_, true, writable, name};
+    memory().last = nullptr;
+  }
+  ~Sparse() {
+    memory().arrays.erase(reinterpret_cast<uintptr_t>(data_) + bytes_);
+    memory().last = nullptr;
+    munmap(data_, bytes_);
+  }
+  Sparse(const Sparse&) = delete;
+  T* get() { return static_cast<T*>(data_); }
+  T& operator[](int64_t i) { return get()[i]; }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
 // ---- fibers
 enum class Wait { none, block, lanes };
 
@@ -176,9 +202,10 @@ emulation_switch:
 )");
 #endif
 
-// The order of a launch: seed 0 takes threads and blocks by their numbers.
+// The order of a launch: seed 0 takes threads and blocks by their numbers. last: run only so many blocks at the end.
 struct Schedule {
   unsigned seed = 0;
+  int64_t last = 0;
 };
 
 class Block {
@@ -383,8 +410,10 @@ void launch(Schedule schedule, void (*kernel)(P...), int64_t blocks, size_t shar
   if (blocks == 0) return;
   if (shared > 48 << 10) throw Defect("more than 48 KiB of shared memory");
   std::mt19937 draw(schedule.seed * 7919u + unsigned(launches()++));
-  std::vector<unsigned> order(blocks);
-  for (int64_t i = 0; i < blocks; ++i) order[size_t(i)] = unsigned(i);
+  if (blocks > 0x7fffffff) throw Defect("more blocks than a grid has");
+  const int64_t first = schedule.last ? std::max<int64_t>(0, blocks - schedule.last) : 0;
+  std::vector<unsigned> order;
+  for (int64_t i = first; i < blocks; ++i) order.push_back(unsigned(i));
   if (schedule.seed) std::shuffle(order.begin(), order.end(), draw);
   const std::function<void()> body = [&] { kernel(P(args)...); };
   static Block block;

@@ -6,6 +6,7 @@ instead (`make sanitize`).
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,16 +18,17 @@ KERNELS = HERE.parent.parent / "csrc" / "cuda"
 SCHEDULES = 10
 SANITIZERS = ("-O1", "-g", "-DCHECK_DTYPES=2", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
-# (file, the mutated line) -> why no run can tell.
+# (file, the line) -> why no run can tell.
 HARMLESS: dict[tuple[str, str], str] = {}
 
 
 class Mutant(NamedTuple):
-    """One change: the file, the number of its line from 1, the line as it becomes."""
+    """One change: the file, the number of its line from 1, the line as it was, the whole file as it becomes."""
 
     file: str
     number: int
     line: str
+    text: str
     what: str
 
 
@@ -34,13 +36,15 @@ def mutants() -> list[Mutant]:
     """Every barrier left out, and every lane left with its own value."""
     found = []
     for path in sorted(KERNELS.glob("*.cuh")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if "__syncthreads();" in line:
-                found.append(Mutant(path.name, number, line.replace("__syncthreads();", ""), "without its barrier"))
-            if "__shfl_xor_sync(" in line:
-                alone = re.sub(r"__shfl_xor_sync\(\w+, ([\w.]+), \w+\)", r"(\1)", line)
-                assert alone != line, f"{path.name}:{number}: a shuffle in a form that mutants.py doesn't know"
-                found.append(Mutant(path.name, number, alone, "without its shuffle"))
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            for pattern, instead, what in (
+                (r"__syncthreads\(\);", "", "without its barrier"),
+                (r"__shfl_xor_sync\(\w+, ([\w.]+), \w+\)", r"(\1)", "without its shuffle"),
+            ):
+                if (changed := re.sub(pattern, instead, line)) != line:
+                    text = "\n".join([*lines[: number - 1], changed, *lines[number:], ""])
+                    found.append(Mutant(path.name, number, line.strip(), text, what))
     return found
 
 
@@ -75,12 +79,9 @@ def check(program: Path, group: str, *more: str, timeout: float = 600) -> tuple[
 
 def caught(mutant: Mutant, where: Path) -> str | None:
     """What the checks said of a mutant; None where they passed."""
-    for path in KERNELS.glob("*.cuh"):
-        lines = path.read_text().splitlines()
-        if path.name == mutant.file:
-            lines[mutant.number - 1] = mutant.line
-        (where / path.name).write_text("\n".join([*lines, ""]))
-    program = build(where, where / "build", "-O1", "-DCHECK_DTYPES=1", "-Wno-unused")
+    shutil.copytree(KERNELS, where / "kernels")
+    (where / "kernels" / mutant.file).write_text(mutant.text)
+    program = build(where / "kernels", where / "build", "-O1", "-DCHECK_DTYPES=1", "-Wno-unused")
     fine, said = check(program, "all")
     return None if fine else next(iter(said.splitlines()), "no output")
 
@@ -101,7 +102,7 @@ def main() -> int:
         name = f"{mutant.file}:{mutant.number} {mutant.what}"
         with tempfile.TemporaryDirectory() as where:
             said = caught(mutant, Path(where))
-        key = (mutant.file, mutant.line.strip())
+        key = (mutant.file, mutant.line)
         if said is not None:
             print(f"caught    {name}: {said}", flush=True)
         elif key in HARMLESS:
