@@ -78,7 +78,7 @@ clean: ## remove what was built and cached; .venv and results stay
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Not for clang-format: `_codegen --check` compares a generated file exactly.
-HAND_WRITTEN_CSRC := $(filter-out %.gen.h,$(CSRC))
+HAND_WRITTEN_CSRC := $(filter-out %.gen.h,$(CSRC)) $(wildcard tests/cuda_emu/*.cpp tests/cuda_emu/*.h)
 
 # Two processes, because TRITON_INTERPRET must be set before a kernel is defined. Both run even if the first fails. A selection
 # (ARGS="-k name") may well leave one of them without tests (pytest's status 5), but not both.

@@ -13,13 +13,13 @@
 
 namespace fa::cuda {
 
-constexpr int64_t kGroupBytes = 16 << 20;  // of all maps that a group reads
+constexpr int64_t kGroupBytes = 16 << 20;  // of all maps that a group reads, unless the caller says otherwise
 
 // Whole samples, as many as start on 16 bytes again: a group is cut by shape alone.
 template <class T>
-int64_t samples_per_group(const Shape& x, int maps) {
+int64_t samples_per_group(const Shape& x, int maps, int64_t bytes) {
   const int64_t sample = x.c * x.s * int64_t(sizeof(T)) * maps;
-  return std::max<int64_t>(kWide<T>, kGroupBytes / sample / kWide<T> * kWide<T>);
+  return std::max<int64_t>(kWide<T>, bytes / sample / kWide<T> * kWide<T>);
 }
 
 template <class T, class W>
@@ -32,12 +32,13 @@ struct ExciteForward {
   Act epilogue;
   double slope;
   Acc<T>* work;  // workspace_of(shape)
+  int64_t group_bytes = kGroupBytes;
 };
 
 template <class T, class W>
 void excite_forward(Stream stream, const ExciteForward<T, W>& a) {
   const int64_t c = a.shape.c, h = a.network.inner(), size = c * a.shape.s;
-  const int64_t group = samples_per_group<T>(a.shape, 1);
+  const int64_t group = samples_per_group<T>(a.shape, 1, a.group_bytes);
   for (int64_t n = 0; n < a.shape.n; n += group) {
     const Shape part{std::min(group, a.shape.n - n), c, a.shape.s, a.shape.pixels};
     const T *x = a.x + n * size, *residual = a.residual ? a.residual + n * size : nullptr;
@@ -61,13 +62,14 @@ struct ExciteBackward {
   double slope;
   bool residual;
   Acc<T>* work;
+  int64_t group_bytes = kGroupBytes;
 };
 
 template <class T, class W>
 void excite_backward(Stream stream, const ExciteBackward<T, W>& a) {
   using A = Acc<T>;
   const int64_t c = a.shape.c, h = a.network.inner(), size = c * a.shape.s;
-  const int64_t group = samples_per_group<T>(a.shape, 2);
+  const int64_t group = samples_per_group<T>(a.shape, 2, a.group_bytes);
   gates<A>(stream, a.network.gate, a.network.slope, a.shape.n * c, a.u, a.gate);
   for (int64_t n = 0; n < a.shape.n; n += group) {
     const Shape part{std::min(group, a.shape.n - n), c, a.shape.s, a.shape.pixels};

@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// ---- several runs of a channel: added in order
+// ---- several runs of a channel: added in order, and in double, which so few additions can afford
 template <class A, bool Largest>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     gather_kernel(const Results<A> parts, const Results<A> out, const int64_t count, const int runs, const int channels,
@@ -254,15 +254,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t first = pixels ? i / channels * runs * channels + i % channels : i * runs;
   const int64_t step = pixels ? channels : 1;
   Tally<A, Largest> whole;
+  double sum = 0;
   for (int k = 0; k < runs; ++k) {
-    Tally<A, Largest> part;
-    part.sum = load(parts.sum + first + k * step);
-    if (Largest) {
-      part.max = load(parts.max + first + k * step);
-      part.at = int(load(parts.index + first + k * step));
-    }
-    whole.add(part);
+    sum += load(parts.sum + first + k * step);
+    if (Largest) whole.raise(load(parts.max + first + k * step), int(load(parts.index + first + k * step)));
   }
+  whole.sum = A(sum);
   out.put(i, whole);
 }
 

@@ -35,10 +35,11 @@ static void excite_of(const Case& k, unsigned seed) {
   fill(x, 1, 0.3), fill(residual);
   fill(w1, 2 / std::sqrt(double(c))), fill(w2, 2 / std::sqrt(double(h + 1))), fill(b1, 0.3), fill(b2, 0.3);
   const double slope = 0.1;
+  const int64_t bytes = seed % 2 ? 1 : kGroupBytes;  // as few samples at once as there can be, or all
   const Network<W> net{w1.get(), b1.get(), w2.get(), b2.get(), c, h, k.act, k.gate, slope};
   run.counted(size * sizeof(T), 2 + k.residual, 1, -1, [&] {
     excite_forward<T, W>({seed}, {s, x.get(), residual.get(), y.get(), net, p.get(), z.get(), u.get(), gate.get(),
-                                  k.epilogue, slope, work.get()});
+                                  k.epilogue, slope, work.get(), bytes});
   });
   if (run.bad) return;
 
@@ -90,7 +91,7 @@ static void excite_of(const Case& k, unsigned seed) {
     excite_backward<T, W>({seed},
                           {s,         x.get(),   dy.get(),    aux,         dx.get(),   kept.get(), net,       p.get(),
                            z.get(),   u.get(),   again.get(), dgate.get(), dh.get(),   dp.get(),   dw1.get(), db1.get(),
-                           dw2.get(), db2.get(), k.epilogue,  slope,       k.residual, work.get()});
+                           dw2.get(), db2.get(), k.epilogue,  slope,       k.residual, work.get(), bytes});
   });
   if (run.bad) return;
   std::vector<double> DW1(W1.size()), DB1(first, 0.0), DW2(W2.size()), DB2(c, 0.0), E(size, 0.0);
