@@ -4,14 +4,15 @@
 namespace check {
 
 // Odd sizes of every path: short and long planes, several runs of a channel, ragged ends; narrow and wide pixels.
-static std::vector<Shape> shapes() {
+// `large`: those of networks too, for one schedule.
+static std::vector<Shape> shapes(bool large) {
   std::vector<Shape> all = {
       {2, 3, 49, false},    {1, 5, 1, false},    {3, 17, 13, false}, {2, 7, 196, false},
       {2, 9, 256, false},   {1, 3, 257, false},  {1, 2, 787, false}, {2, 8, 784, false},
       {1, 1, 20001, false}, {1, 4100, 1, false}, {2, 3, 49, true},   {2, 16, 49, true},
       {1, 24, 1500, true},  {1, 272, 33, true},  {3, 40, 1, true},   {1, 37, 70, true},
   };
-  if (options().slow) {
+  if (large) {
     all.push_back({2, 64, 3136, false});
     all.push_back({3, 130, 49, false});
     all.push_back({2, 512, 784, true});
@@ -71,7 +72,7 @@ static void pool_of(const Shape& s, Pool kind, int64_t skip, unsigned seed) {
 
 void pools() {
   for (unsigned seed = options().first; seed < options().last; ++seed) {
-    for (const Shape& s : shapes()) {
+    for (const Shape& s : shapes(options().slow && seed == options().first)) {
       for_dtypes([&](auto t) {
         using T = decltype(t);
         pool_of<T>(s, Pool::mean, 0, seed);
@@ -138,7 +139,7 @@ static void scale_of(const Shape& s, const Gates& g, int64_t skip, unsigned seed
 void scales() {
   for (unsigned seed = options().first; seed < options().last; ++seed) {
     size_t which = seed;
-    for (const Shape& s : shapes())
+    for (const Shape& s : shapes(options().slow && seed == options().first))
       for_dtypes([&](auto t) {
         const auto& forms = gate_forms();
         for (size_t k = 0; k < (options().slow ? forms.size() : 2); ++k, ++which)
@@ -191,7 +192,7 @@ void gradients() {
   const std::vector<Act> acts = {Act::identity, Act::relu, Act::silu, Act::gelu, Act::relu6};
   for (unsigned seed = options().first; seed < options().last; ++seed) {
     unsigned which = seed;
-    for (const Shape& s : shapes())
+    for (const Shape& s : shapes(options().slow && seed == options().first))
       for_dtypes([&](auto t) {
         using T = decltype(t);
         gradient_of<T>(s, acts[which % acts.size()], which % 2, which / 2 % 2, which % 7 == 0, seed);
