@@ -27,7 +27,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all fuzz audit wheel check bench qualify gen format clean FORCE
+.PHONY: help demo demo-full test test-all fuzz mutants sanitize audit wheel check bench qualify gen format clean FORCE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,12 @@ audit: $(REQUIREMENTS) ## known vulnerabilities of what requirements-dev.txt nam
 
 wheel: $(BUILD) ## sdist and wheel of this checkout in dist/, as a release has them
 	FUSED_ATTN_BUILD=require PATH="$(abspath $(BIN)):$$PATH" $(PY) -c "import sys; from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
+
+mutants: $(TORCH) ## CUDA kernels without each of their barriers and shuffles in turn: the emulation must notice
+	$(PY) tests/cuda_emu/mutants.py
+
+sanitize: $(TORCH) ## the emulated CUDA kernels under AddressSanitizer and UBSan
+	$(PY) tests/cuda_emu/mutants.py sanitize
 
 check: $(REQUIREMENTS) ## lint, format, types, generated files
 	@failed=; \
@@ -87,7 +93,7 @@ clean: ## remove what was built and cached; .venv and results stay
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Not for clang-format: `_codegen --check` compares a generated file exactly.
-HAND_WRITTEN_CSRC := $(filter-out %.gen.h,$(CSRC))
+HAND_WRITTEN_CSRC := $(filter-out %.gen.h,$(CSRC)) $(wildcard tests/cuda_emu/*.cpp tests/cuda_emu/*.h)
 
 # Two processes, because TRITON_INTERPRET must be set before a kernel is defined. Both run even if the first fails. A selection
 # (ARGS="-k name") may well leave one of them without tests (pytest's status 5), but not both.
