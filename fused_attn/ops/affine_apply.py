@@ -183,7 +183,7 @@ def affine_apply_bwd(
     at = x.to(acc) if centre is None else x.to(acc) - spread(centre.to(acc), x)
     sums = [(e * at).flatten(2).sum(-1), e.flatten(2).sum(-1), *sums]
     dx = like(x, (e * spread(scale.to(acc), x)).to(x.dtype))
-    return dx, torch.stack(sums), like(x, e.to(x.dtype)) if residual and act != "identity" else x.new_empty(0)
+    return dx, torch.stack(sums), like(x, e.to(x.dtype)) if residual and act != "identity" else x.new_empty((0,))
 
 
 __all__ = ["affine_apply", "affine_apply_bwd"]

@@ -69,7 +69,7 @@ def affine_apply_bwd(
     dx = torch.empty_like(x)
     e = torch.empty_like(x) if residual and act != "identity" else None
     sums = affine_kernels.sums(x, dy, scale, shift, centre, aux, gate, act, slope, dx, e)
-    return dx, sums, x.new_empty(0) if e is None else e
+    return dx, sums, x.new_empty((0,)) if e is None else e
 
 
 __all__ = ["affine_apply", "affine_apply_bwd", "fill"]

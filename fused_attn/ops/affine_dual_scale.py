@@ -68,7 +68,7 @@ def affine_spatial_pool(
     """
     v = gated(x, gate, affine)
     planes, _ = pooled(v, pool, "split")
-    return planes, v.max(1).indices.contiguous() if return_index else x.new_empty(0, dtype=torch.int64)
+    return planes, v.max(1).indices.contiguous() if return_index else x.new_empty((0,), dtype=torch.int64)
 
 
 def _check_scale(
@@ -120,7 +120,7 @@ def _describe(
 ) -> Pooled:
     """The pooling named `channel` of u."""
     if not has_max(channel):
-        none = shift.new_empty(0)
+        none = shift.new_empty((0,))
         return Pooled(shift, none, none, places)
     mean, _, largest, smallest = moments
     falls, flat = scale < 0, scale == 0
@@ -257,7 +257,7 @@ def _forward(
     normal, channel, planar = options.share(params)
     extrema = has_max(options.channel)
     out = channel_moments(x, extrema)
-    all_of, places = out if extrema else (out, x.new_empty(0, dtype=torch.int64))
+    all_of, places = out if extrema else (out, x.new_empty((0,), dtype=torch.int64))
     given = all_of[:2] if options.moments else all_of[0]
     both, first = excite_.run(options.functions[0], (given,), normal, (2, *x.shape[:2]), "(2, N, C)", recording)
     both = both.contiguous()

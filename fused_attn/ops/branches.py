@@ -60,7 +60,7 @@ def match(grad: Tensor, x: Tensor) -> Tensor:
 
 def filled(tensors: Sequence[Tensor], x: Tensor) -> Eight:
     """Eight outputs of an operator."""
-    return (*tensors, *(x.new_empty(0) for _ in range(MOST - len(tensors))))  # type: ignore[return-value]
+    return (*tensors, *(x.new_empty((0,)) for _ in range(MOST - len(tensors))))  # type: ignore[return-value]
 
 
 def written(x: Tensor, more: Sequence[Tensor | None], gate: Tensor, merge: str) -> float:

@@ -85,7 +85,7 @@ def channel_moments(x: Tensor, extrema: bool = False) -> tuple[Tensor, Tensor]:
     Raises ValueError or TypeError, naming the argument, for a wrong rank, dtype or an empty spatial dimension.
     """
     out = _formula(x, extrema)
-    return out if isinstance(out, tuple) else (out, x.new_empty(0, dtype=torch.int64))
+    return out if isinstance(out, tuple) else (out, x.new_empty((0,), dtype=torch.int64))
 
 
 __all__ = ["channel_moments"]

@@ -168,7 +168,7 @@ def channel_pool(
     index = None
     if has_max(pool) and (ties == "first" or return_index):
         index = x.flatten(2).max(-1).indices
-    return value, x.new_empty(0, dtype=torch.int64) if index is None else index
+    return value, x.new_empty((0,), dtype=torch.int64) if index is None else index
 
 
 def _check_bwd(x: Tensor, dpooled: Tensor, values: Tensor, index: Tensor, pool: str, ties: str) -> None:

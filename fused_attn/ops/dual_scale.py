@@ -78,8 +78,8 @@ def dual_scale_reduce(
     """
     u = gated(x, gate, affine)
     e = epilogue_gradient(dy, u, None, aux, act, slope, pixel)
-    kept = like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty(0)
-    count = e.new_empty(0)
+    kept = like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty((0,))
+    count = e.new_empty((0,))
     if has_max(pool) and ties == "split":
         count = (u == planes[:, -1:]).to(e.dtype).sum(1)
     return (e * u).sum(1), kept, count
@@ -113,7 +113,7 @@ def dual_scale_gate(
     With affine dgate is (2, N, C): of the gate and of the shift.
     """
     h = _inner(x, e, gate, pixel, dplanes, planes, places, affine, act, slope, pool, ties)
-    count = h.new_empty(0)
+    count = h.new_empty((0,))
     if has_max(channel) and ties == "split":
         count = (x.to(h.dtype) == spread(values, x)).to(h.dtype).flatten(2).sum(-1)
     at = x.to(h.dtype)
@@ -250,7 +250,7 @@ def _forward(
     x: Tensor, residual: Tensor | None, recording: bool, excites: tuple[Callable[..., Any], ...],
     params: Sequence[Tensor], split: int, channel: str, pool: str, ties: str, act: str, slope: float,
 ) -> _Forward:  # fmt: skip
-    nothing = x.new_empty(0, dtype=torch.int64)
+    nothing = x.new_empty((0,), dtype=torch.int64)
     first = has_max(channel) and ties == "first" and recording
     out = channel_pool(x, channel, "first" if first else "split", first)
     p, index = out if first else (out, nothing)
@@ -298,7 +298,7 @@ class _Spanning(torch.autograd.Function):
         (dq,), dspatial = excite_.gradient(excites[1], (q,), params[split:], dpixel.to(pixel.dtype), needs[split:])
         written = keeps_e(act, residual)
         e, through = (e if written else dy), ("identity" if residual else act)
-        values = largest(p, channel) if has_max(channel) and ties == "split" else p.new_empty(0)
+        values = largest(p, channel) if has_max(channel) and ties == "split" else p.new_empty((0,))
         dq = dq.to(acc)
         dgate, count = dual_scale_gate(
             x, e, gate, pixel, dq, q, places, shared, values, None, through, slope, pool, channel, ties

@@ -19,7 +19,7 @@ def dual_scale_reduce(
     _, dpixel, shared = sums(
         x, dy, aux, gate, pixel, top, act, slope, "product", e, None, None, accumulator(x.dtype), affine=affine
     )
-    return dpixel, x.new_empty(0) if e is None else e, shared
+    return dpixel, x.new_empty((0,)) if e is None else e, shared
 
 
 def _within(

@@ -193,7 +193,7 @@ def group_similarity_scale_bwd(
     dx = like(x, (e * over(gate, x) + back).to(x.dtype))
     dweight = (h * d / s).sum((0, 2)).reshape(weight.shape).to(weight.dtype)
     dbias = h.sum((0, 2)).reshape(bias.shape).to(bias.dtype)
-    return dx, like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty(0), dweight, dbias
+    return dx, like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty((0,)), dweight, dbias
 
 
 __all__ = ["group_similarity_scale", "group_similarity_scale_bwd"]

@@ -216,7 +216,7 @@ def group_similarity_scale_bwd(
             _over_batch_kernel, (triton.cdiv(groups, 128),), x, sums[0], sums[1], dweight, dbias, n, groups,
             BLOCK=128, num_warps=1,
         )  # fmt: skip
-    return dx, x.new_empty(0) if kept is None else kept, dweight, dbias
+    return dx, x.new_empty((0,)) if kept is None else kept, dweight, dbias
 
 
 __all__ = ["group_similarity_scale", "group_similarity_scale_bwd"]

@@ -41,7 +41,7 @@ def statistics(z: Tensor, norm: str, eps: float, correction: float) -> Tensor:
         mean = flat.mean(-1)
         centred = (flat - mean.unsqueeze(-1)).square().sum(-1)
         return torch.stack([mean, torch.rsqrt(centred / (flat.shape[-1] - correction) + eps)])
-    return z.new_empty(0)
+    return z.new_empty((0,))
 
 
 def normed(z: Tensor, stats: Tensor, norm: str, eps: float) -> Tensor:

@@ -125,7 +125,7 @@ class _Await(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, awaited: dict[str, Any]) -> tuple[Tensor, Tensor]:
         ctx.awaited, ctx.backend = awaited, forced()
         ctx.set_materialize_grads(False)
-        return x.view_as(x), x.new_empty(0)
+        return x.view_as(x), x.new_empty((0,))
 
     @staticmethod
     def backward(ctx: Any, other: Tensor | None, token: Tensor | None) -> tuple[Tensor | None, None]:
@@ -167,7 +167,7 @@ class _Bam(torch.autograd.Function):
         dgate, dpixel = merge_scale_reduce(x, dy, gate, pixel, merge)
         (dp,), dparams = excite_.gradient(excite, (p,), params, dgate.to(gate.dtype), ctx.needs_input_grad[6:])
         awaited["merge"] = dy, gate, pixel, dp, merge
-        return None, dy.new_empty(0), dpixel.to(pixel.dtype), None, None, None, *dparams
+        return None, dy.new_empty((0,)), dpixel.to(pixel.dtype), None, None, None, *dparams
 
 
 def scse_scale(

@@ -67,7 +67,7 @@ def moments_affine_reduce(
     e = behind(dy, x, scale, shift, centre, aux, act, slope)
     at = x.to(e.dtype) if centre is None else x.to(e.dtype) - spread(centre.to(e.dtype), x)
     sums = torch.stack([(e * at).flatten(2).sum(-1), e.flatten(2).sum(-1)])
-    return sums, like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty(0)
+    return sums, like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty((0,))
 
 
 def describe(x: Tensor, descriptor: str) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ def moments_affine_reduce(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     e = torch.empty_like(x) if keeps_e(act, residual) else None
     sums = affine_kernels.sums(x, dy, scale, shift, centre, aux, None, act, slope, None, e)
-    return sums, x.new_empty(0) if e is None else e
+    return sums, x.new_empty((0,)) if e is None else e
 
 
 __all__ = ["moments_affine_reduce"]

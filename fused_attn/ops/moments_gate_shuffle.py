@@ -110,7 +110,7 @@ def gate_shuffle_reduce(
     total = lambda v: v.flatten(2).sum(-1)
     steep = torch.where(second_halves(x.shape[1], k, x.device), total(q * t), 0)
     sums = torch.stack([total(own * s * t), total(own * s), steep, total(q)])
-    return sums, like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty(0)
+    return sums, like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty((0,))
 
 
 def _check_apply(

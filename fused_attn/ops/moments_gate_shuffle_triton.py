@@ -168,7 +168,7 @@ def gate_shuffle_reduce(
             *steps(aux, kind), *steps(kept, kind), ACT=act, SLOPE=slope,
             OUTPUT=aux is not None and act in FROM_OUTPUT, **meta,
         )  # fmt: skip
-    return sums, x.new_empty(0) if kept is None else kept
+    return sums, x.new_empty((0,)) if kept is None else kept
 
 
 def gate_shuffle_apply(

@@ -402,11 +402,11 @@ def sums(
     ones: x is 1 everywhere, and not read
     """
     w = walk(x, dy, aux, e, dx)
-    none = x.new_empty(0)
+    none = x.new_empty((0,))
     acc, shape = accumulator(x.dtype), (x.shape[0], *x.shape[2:])
     dgate, dgate_part = (none, None) if channel is None else _part(x, tuple(x.shape[:2]), channel, w.splits)
     dpixel, dpixel_part = (none, None) if plane is None else _part(x, shape, plane, w.blocks)
-    shared, shared_part = (x.new_empty(0, dtype=acc), None) if top is None else _part(x, shape, acc, w.blocks)
+    shared, shared_part = (x.new_empty((0,), dtype=acc), None) if top is None else _part(x, shape, acc, w.blocks)
     tile.launch(
         _pixel_sums_kernel, (w.n * w.blocks, w.splits), x, None if ones else x, dy, aux,
         _dense(gate), _dense(pixel), _dense(top), *centred(affine),
@@ -430,7 +430,7 @@ def apply(
     w = walk(x if dx is None else dx, read, e, aligned=False)
     strides = [*w.strides[2:], *(w.strides[:2] if dx is not None else (0, 0))]
     acc = accumulator(x.dtype)
-    none, counted = x.new_empty(0), x.new_empty(0, dtype=acc)
+    none, counted = x.new_empty((0,)), x.new_empty((0,), dtype=acc)
     dgate, dgate_part, count_part, dshift, dshift_part = none, None, None, None, None
     if channel is not None:
         dgate, dgate_part = _part(x, tuple(x.shape[:2]), channel, w.splits)

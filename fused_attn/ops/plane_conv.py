@@ -92,5 +92,5 @@ def plane_conv_bwd(planes: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | No
     dplanes, dweight, _ = torch.ops.aten.convolution_backward(
         dy.to(acc), planes.to(acc), weight.to(acc), None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
     )
-    dbias = planes.new_empty(0) if bias is None else dy.to(acc).sum().reshape(1).to(bias.dtype)
+    dbias = planes.new_empty((0,)) if bias is None else dy.to(acc).sum().reshape(1).to(bias.dtype)
     return dplanes.to(planes.dtype).contiguous(), dweight.to(weight.dtype).contiguous(), dbias

@@ -252,9 +252,10 @@ def plane_gate_shuffle_bwd(
     c0, s0, s1 = (v.sum((0, 1)) for v in (c0, s0, s1))
     found = (c1, c0, nw * s1 + nb * s0, s0, sw * s1, sw * s0)
     grads = [
-        x.new_empty(0) if p is None else g.reshape(p.shape).to(p.dtype) for p, g in zip(parameters, found, strict=True)
+        x.new_empty((0,)) if p is None else g.reshape(p.shape).to(p.dtype)
+        for p, g in zip(parameters, found, strict=True)
     ]
-    kept = like(x, shuffled(e).to(x.dtype)) if keeps_e(act, residual) else x.new_empty(0)
+    kept = like(x, shuffled(e).to(x.dtype)) if keeps_e(act, residual) else x.new_empty((0,))
     return like(x, dx.to(x.dtype)), kept, *grads  # type: ignore[return-value]
 
 

@@ -299,13 +299,13 @@ def plane_gate_shuffle_bwd(
         *steps(aux, kind), *steps(kept, kind), *steps(dx, kind), ACT=act, SLOPE=slope,
         OUTPUT=aux is not None and act in FROM_OUTPUT, **meta,
     )  # fmt: skip
-    grads = [x.new_empty(0) if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in given]
+    grads = [x.new_empty((0,)) if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in given]
     filled = [g if w is not None else None for g, w in zip(grads, given, strict=True)]
     tile.launch(
         _plane_gate_shuffle_merge_kernel, (k,), x, sums[0], sums[1], stats.contiguous(), weights[2], *weights[4:],
         *filled, k, x.shape[0] * c // (2 * k), ROWS=128, ACC=meta["ACC"], num_warps=1,
     )  # fmt: skip
-    return dx, x.new_empty(0) if kept is None else kept, *grads
+    return dx, x.new_empty((0,)) if kept is None else kept, *grads
 
 
 __all__ = ["launch_moments", "plane_gate_shuffle", "plane_gate_shuffle_bwd"]

@@ -200,7 +200,7 @@ def gradients(
     v, back = padded(v, k, circular), padded(du, k, circular)
     dweight = torch.stack([(v[..., t : t + c] * du.unsqueeze(1)).sum((0, 2)) for t in range(k)], -1).unsqueeze(0)
     dv = sum(weight_[0, :, t, None] * back[:, None, k - 1 - t : k - 1 - t + c] for t in range(k))
-    none = lambda like: p.new_empty(0, dtype=(weight if like is None else like).dtype)
+    none = lambda like: p.new_empty((0,), dtype=(weight if like is None else like).dtype)
     dbias = none(bias) if bias is None else du.sum().reshape(1).to(bias.dtype)
     dweight = dweight.to(weight.dtype)
     if w1_ is None or w1 is None:
@@ -238,7 +238,7 @@ def pool_conv_scale_bwd(
     """Gradient of `pool_conv_scale`: dx, dresidual (empty where it is dy), and that of weight, bias, w1, b1."""
     p, u = saved.view(2, *x.shape[:2])
     g = activations.apply(gate, u)
-    none, index = p.new_empty(0), p.new_empty(0, dtype=torch.int64)
+    none, index = p.new_empty((0,)), p.new_empty((0,), dtype=torch.int64)
     dgate, e, _ = pool_scale_reduce.eager(x, dy, g, aux, none, epilogue, epilogue_slope, "mean", "split", residual)
     du = dgate * activations.grad(gate, u)
     dp, *dweights = gradients(p, du, weight, bias, w1, b1, act, slope, circular)

@@ -152,7 +152,7 @@ def pool_conv_scale_bwd(
     n, c = x.shape[:2]
     h, k = weight.shape[1:]
     p, u = saved.contiguous().view(2, n, c)
-    none, index = p.new_empty(0), p.new_empty(0, dtype=torch.int64)
+    none, index = p.new_empty((0,)), p.new_empty((0,), dtype=torch.int64)
     g = torch.empty_like(u)
     tile.launch(_gates_kernel, (triton.cdiv(n * c, _BLOCK),), x, u, g, n * c, GATE=gate, BLOCK=_BLOCK, num_warps=1)
     dgate, e, _ = pool_scale_reduce(x, dy, g, aux, none, epilogue, epilogue_slope, "mean", "split", residual)
@@ -170,7 +170,7 @@ def pool_conv_scale_bwd(
             _sum_parts_kernel, (triton.cdiv(size, 16),), x, parts, *grads, n * blocks, h, size, K=k, TALL=64, WIDE=16,
             num_warps=4,
         )  # fmt: skip
-    dweight, dw1, db1, dbias = (x.new_empty(0) if t is None else t for t in grads)
+    dweight, dw1, db1, dbias = (x.new_empty((0,)) if t is None else t for t in grads)
     written = keeps_e(epilogue, residual)
     through = "identity" if residual else epilogue
     dx = pool_scale_apply(x, e if written else dy, g, dp, none, index, none, through, epilogue_slope, "mean", "split")

@@ -194,7 +194,7 @@ def pool_mlp_scale(
     if maxima is not None and keeps_max(max_weight, ties):
         parts.append(maxima.flatten())
     saved = torch.cat([*parts, pack(mlp, u, z)])
-    return y, saved, x.new_empty(0, dtype=torch.int64) if index is None else index
+    return y, saved, x.new_empty((0,), dtype=torch.int64) if index is None else index
 
 
 def _check_bwd(x: Tensor, dy: Tensor, aux: Tensor | None, saved: Tensor, index: Tensor, *args: object) -> None:

@@ -44,7 +44,7 @@ def needed(values: Tensor, pool: str, ties: str) -> Tensor:
     """What of the pooled values the apply half needs: maxima that are split, the mean for the variance, or nothing."""
     if pool == "mean_var":
         return values[0]
-    return largest(values, pool) if has_max(pool) and ties == "split" else values.new_empty(0)
+    return largest(values, pool) if has_max(pool) and ties == "split" else values.new_empty((0,))
 
 
 def _check_reduce(
@@ -77,8 +77,8 @@ def pool_scale_reduce(
     """
     e = epilogue_gradient(dy, x, gate, aux, act, slope)
     dgate = (e * x.to(e.dtype)).flatten(2).sum(-1)
-    kept = like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty(0)
-    count = e.new_empty(0)
+    kept = like(x, e.to(x.dtype)) if keeps_e(act, residual) else x.new_empty((0,))
+    count = e.new_empty((0,))
     if has_max(pool) and ties == "split":
         count = (x.to(e.dtype) == spread(values, x)).to(e.dtype).flatten(2).sum(-1)
     return dgate, kept, count
@@ -190,7 +190,7 @@ class _Spanning(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         first = has_max(pool) and ties == "first"
         out = channel_pool(x, pool, ties, first)
-        p, index = out if first else (out, x.new_empty(0, dtype=torch.int64))
+        p, index = out if first else (out, x.new_empty((0,), dtype=torch.int64))
         gate, statistics = excite_.run(excite, (p,), params, x.shape[:2], "(N, C)")
         y = scale(x, gate, residual, None, act, slope, "product")
         need = activations.needs_aux(act, residual is not None)

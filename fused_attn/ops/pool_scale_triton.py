@@ -88,7 +88,7 @@ def pool_scale_reduce(
     e = torch.empty_like(x) if keeps_e(act, residual) else None
     maxima = values.contiguous() if has_max(pool) and ties == "split" else None
     dgate, count = backward_sums(x, dy, gate, aux, maxima, accumulator(x.dtype), act, slope, e)
-    return dgate, x.new_empty(0) if e is None else e, count
+    return dgate, x.new_empty((0,)) if e is None else e, count
 
 
 def pool_scale_apply(

@@ -54,7 +54,7 @@ def pool_soft_threshold_apply(x: Tensor, tau: Tensor, dy: Tensor, dpooled: Tenso
     """Second half of the backward: dx, from dy and the descriptor's gradient dpooled (N, C)."""
     acc = accumulator(x.dtype)
     e, sign = passed(x, tau.to(acc), dy)
-    back = pool_gradient(x, dpooled.to(acc), dpooled, x.new_empty(0, dtype=torch.int64), pool, "split")
+    back = pool_gradient(x, dpooled.to(acc), dpooled, x.new_empty((0,), dtype=torch.int64), pool, "split")
     return like(x, (e * sign + back).to(x.dtype))
 
 

@@ -217,12 +217,12 @@ def scale_bwd(
     e = epilogue_gradient(dy, x, gate, aux, act, slope, pixel, merge)
     dx = like(x, (e * factor(x, gate, pixel, merge)).to(x.dtype))
     dgate, dpixel = gate_gradients(e * x.to(e.dtype), x, gate, pixel, merge)
-    dresidual = like(x, e.to(x.dtype)) if residual and act != "identity" else x.new_empty(0)
+    dresidual = like(x, e.to(x.dtype)) if residual and act != "identity" else x.new_empty((0,))
     return (
         dx,
-        x.new_empty(0) if gate is None else dgate.to(gate.dtype),
+        x.new_empty((0,)) if gate is None else dgate.to(gate.dtype),
         dresidual,
-        x.new_empty(0) if pixel is None else dpixel.to(pixel.dtype),
+        x.new_empty((0,)) if pixel is None else dpixel.to(pixel.dtype),
     )
 
 

@@ -128,7 +128,7 @@ def backward_sums(
 
     def sums(wanted: bool, to: torch.dtype) -> tuple[Tensor, Tensor | None]:
         if not wanted:
-            return x.new_empty(0, dtype=to), None
+            return x.new_empty((0,), dtype=to), None
         out = torch.empty(x.shape[:2], dtype=to, device=x.device)
         return out, out if w.splits == 1 else out.new_empty((w.splits, *out.shape), dtype=acc)
 
@@ -166,7 +166,7 @@ def scale_bwd(
     x: Tensor, gate: Tensor | None, aux: Tensor | None, pixel: Tensor | None, dy: Tensor,
     act: str, slope: float, merge: str, residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, none = torch.empty_like(x), x.new_empty(0)
+    dx, none = torch.empty_like(x), x.new_empty((0,))
     dresidual = torch.empty_like(x) if residual and act != "identity" else None
     if pixel is not None or gate is None or merge.startswith("sigmoid"):
         dtypes = gate if gate is None else gate.dtype, pixel if pixel is None else pixel.dtype

@@ -275,4 +275,4 @@ def shared_mlp_bwd(pooled: Tensor, dgate: Tensor, saved: Tensor, *network: objec
         _dense(dgate, _matrix(mlp.w2).t(), d, n, mlp, mode="logits", logits=u, z=z, spread=many)
         grads[0], grads[1] = _outer(d, p, mlp.w1, mlp.b1, many * n, mlp, right="rows", many=1, logits=None)
         _dense(d, w1.t(), dp, many * n, mlp, mode="rows")
-    return (dp.view(pooled.shape), *(mlp.w1.new_empty(0) if g is None else g for g in grads))
+    return (dp.view(pooled.shape), *(mlp.w1.new_empty((0,)) if g is None else g for g in grads))

@@ -157,7 +157,7 @@ def spatial_pool(
     index = None
     if has_max(pool) and (ties == "first" or return_index):
         index = u.max(1).indices
-    return planes, x.new_empty(0, dtype=torch.int64) if index is None else index.contiguous()
+    return planes, x.new_empty((0,), dtype=torch.int64) if index is None else index.contiguous()
 
 
 def _check_bwd(
@@ -184,6 +184,6 @@ def spatial_pool_bwd(
     u = gated(x, gate)
     h = plane_gradient(u, dplanes.to(u.dtype), planes, index, pool, ties).expand(x.shape)
     if gate is None:
-        return like(x, h.to(x.dtype)), x.new_empty(0)
+        return like(x, h.to(x.dtype)), x.new_empty((0,))
     dgate = (x.to(h.dtype) * h).flatten(2).sum(-1)
     return like(x, (h * spread(gate.to(h.dtype), x)).to(x.dtype)), dgate.to(gate.dtype)
