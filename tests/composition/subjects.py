@@ -183,7 +183,7 @@ def _op_subjects(op: Any) -> list[Subject]:
     found = []
     for case in op.cases:
         given = [case.args[n] if isinstance(case.args.get(n), tuple) else None for n in op.arguments]
-        if "bench" in case.tags or given[0][0] == 0:
+        if "bench" in case.tags or 0 in given[0]:
             continue
         maps = [(n, s) for i, (n, s) in enumerate(zip(op.arguments, given, strict=True))
                 if s is not None and Call._comes_in(op, i)]  # fmt: skip
