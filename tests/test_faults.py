@@ -258,7 +258,9 @@ for spare in range(8, 400, 24):  # MiB: from forward to the end of backward
     try:
         torch.autograd.grad(module(x).square().sum(), x)
     except (RuntimeError, MemoryError) as problem:
-        assert "memory" in str(problem) or isinstance(problem, MemoryError), problem
+        # A C++ kernel's own allocation says which call failed, and not that memory is out: PyTorch's stable ABI keeps
+        # the reason to itself.
+        assert any(w in str(problem) for w in ("memory", "aoti_torch_empty")) or isinstance(problem, MemoryError), problem
         failed += 1
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
