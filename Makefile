@@ -27,7 +27,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all fuzz mutants sanitize audit wheel check bench qualify gen format clean FORCE
+.PHONY: help demo demo-full test test-all fuzz mutants sanitize audit check bench qualify gen format clean FORCE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,9 +53,6 @@ fuzz: $(BUILD) $(REQUIREMENTS) ## random calls against float64, others each time
 audit: $(REQUIREMENTS) ## known vulnerabilities of what requirements-dev.txt names (asks a server)
 	@$(PY) -m pip install -qq pip-audit
 	$(BIN)/pip-audit --requirement requirements-dev.txt
-
-wheel: $(BUILD) ## sdist and wheel of this checkout in dist/, as a release has them
-	FUSED_ATTN_BUILD=require PATH="$(abspath $(BIN)):$$PATH" $(PY) -c "import sys; from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
 
 mutants: $(TORCH) ## CUDA kernels without each of their barriers and shuffles in turn: the emulation must notice
 	$(PY) tests/cuda_emu/mutants.py

@@ -1,4 +1,7 @@
-"""MONAI's `MetaTensor`, whose sizes must be tuples, raised a TypeError in fused modules that ran before. Found in review."""
+"""MONAI's `MetaTensor`, whose sizes must be tuples, raised a TypeError in fused modules that ran before.
+
+Found in review.
+"""
 
 import copy
 
