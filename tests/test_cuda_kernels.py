@@ -106,19 +106,8 @@ class Built(NamedTuple):
 def built(source, target):
     """The kernels of a file, and their PTX by name."""
     with tempfile.TemporaryDirectory() as where:
-        command = [
-            nvcc(),
-            "-std=c++17",
-            "-O3",
-            f"-arch={target}",
-            "-cubin",
-            "-Xptxas",
-            "-v",
-            "--keep",
-            "--keep-dir",
-            where,
-        ]
-        command += ["-Werror", "all-warnings", "-o", f"{where}/{source}.cubin", str(KERNELS / f"{source}.cu")]
+        flags = f"-std=c++17 -O3 -arch={target} -cubin -Xptxas -v -Werror all-warnings --keep --keep-dir {where}"
+        command = [nvcc(), *flags.split(), "-o", f"{where}/{source}.cubin", str(KERNELS / f"{source}.cu")]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         ptx = (Path(where) / f"{source}.ptx").read_text()
@@ -133,6 +122,12 @@ def built(source, target):
     return kernels, bodies
 
 
+def widths(kind, body):
+    """How wide the accesses to global memory are, in bits."""
+    found = re.findall(rf"\b{kind}\.global(?:\.nc)?(?:\.v(\d))?\.[a-z]+(\d+)", body)
+    return {int(count or 1) * int(bits) for count, bits in found}
+
+
 def compiles_well(source, target):
     kernels, bodies = built(source, target)
     assert len(kernels) == len(bodies) >= 12, "fewer kernels than dtypes"
@@ -142,12 +137,14 @@ def compiles_well(source, target):
         assert 0 < kernel.registers <= 128, kernel  # two blocks of 256 threads to a multiprocessor
         assert kernel.shared <= 48 << 10, kernel
         body = bodies[kernel.name]
-        # Kernels over maps are named by their elements per access: 16 bytes, or 1 where a map isn't aligned.
-        width = re.search(r"(?:scale|spread|sum_\w+)_kernelI(?:f|d|\d+\w+?)Li(\d+)E", kernel.name)
-        if width and int(width.group(1)) > 1:
-            assert re.search(r"ld\.global(\.nc)?\.v(4\.[buf]32|2\.[buf]64)", body), f"{kernel.name} loads no 16 bytes"
-            if "scale_kernel" in kernel.name or "spread_kernel" in kernel.name:
-                assert re.search(r"st\.global\.v(4\.[buf]32|2\.[buf]64)", body), f"{kernel.name} stores no 16 bytes"
+        # Kernels over maps are named by their dtype and their elements per access: 16 bytes, or 1 on an unaligned map.
+        name = re.search(r"(scale|spread|sum_\w+)_kernelI(f|d|\d+\w+?)Li(\d+)E", kernel.name)
+        if name is None or name.group(3) == "1":
+            continue
+        assert 128 in widths("ld", body), f"{kernel.name} loads no 16 bytes"
+        if not name.group(1).startswith("sum"):  # whose stores are maps alone: 16 bytes, or an element at the end
+            element = {"f": 32, "d": 64}.get(name.group(2), 16)
+            assert widths("st", body) == {128, element}, kernel.name
 
 
 @needs_nvcc

@@ -66,6 +66,9 @@ struct alignas(sizeof(T) * V) Pack {
 };
 template <class T>
 constexpr int kWide = 16 / int(sizeof(T));
+// What they are moved as: a struct of halves would go piece by piece, and for sm_80 two doubles in a uint4 in three.
+template <class T>
+using Moved = std::conditional_t<sizeof(T) == 8, ulonglong2, uint4>;
 
 template <int V, class T>
 FA_DEVICE Pack<T, V> load(const T* p) {
@@ -75,9 +78,9 @@ FA_DEVICE Pack<T, V> load(const T* p) {
   Pack<T, V> out;
   if constexpr (V == 1) {
     out.v[0] = *p;
-  } else {  // through an integer type: a struct of halves would be loaded piece by piece
+  } else {
     static_assert(sizeof(T) * V == 16, "a wide access has 16 bytes");
-    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    const Moved<T> raw = *reinterpret_cast<const Moved<T>*>(p);
     memcpy(&out, &raw, 16);
   }
   return out;
@@ -92,9 +95,9 @@ FA_DEVICE void store(T* p, const Pack<T, V>& values) {
     *p = values.v[0];
   } else {
     static_assert(sizeof(T) * V == 16, "a wide access has 16 bytes");
-    uint4 raw;
+    Moved<T> raw;
     memcpy(&raw, &values, 16);
-    *reinterpret_cast<uint4*>(p) = raw;
+    *reinterpret_cast<Moved<T>*>(p) = raw;
   }
 }
 

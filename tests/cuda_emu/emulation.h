@@ -47,6 +47,9 @@
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) ulonglong2 {
+  uint64_t x, y;
+};
 
 namespace emulation {
 

@@ -67,7 +67,7 @@ def build(kernels: Path, out: Path, *flags: str) -> Path:
     return out / "check"
 
 
-def check(program: Path, group: str, *more: str, timeout: float = 600) -> tuple[bool, str]:
+def check(program: Path, group: str, *more: str, timeout: float = 1800) -> tuple[bool, str]:
     """Whether the checks of a group pass under all schedules, and what they print."""
     command = [str(program), group, "0", str(SCHEDULES), *more]
     try:
