@@ -337,6 +337,14 @@ def overridden(module: nn.Module, cls: type["Planned"]) -> str | None:
     return cls.rule.refuses(cls.original) if issubclass(cls, Fused) else None
 
 
+def run_original(module: nn.Module, plan: Plan | None, x: Any) -> Any:
+    """The forward that a foreign module had, where its plan doesn't hold, or wasn't made for x: then observers hear
+    so."""
+    if plan is not None and isinstance(x, Tensor) and not is_dynamo_compiling():
+        unfused(module, f"it is fused for maps of another kind than {tuple(x.shape)}")
+    return author(type(module)).forward(module, x)
+
+
 def unfused(module: nn.Module, why: str) -> None:
     """Tells observers that this call runs unfused."""
     for observer in unfused_observers:

@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..plan import READERS, Plan, Refused, Rule, author, fingerprint, path, ready, tampered
+from ..plan import READERS, Plan, Refused, Rule, author, fingerprint, path, ready, run_original, tampered
 from .bam import BamPlan
 from .cbam import CbamPlan, Parts
 from .deep import DeepPlan
@@ -276,7 +276,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
         or (plan.channels is not None and x.shape[1] != plan.channels)
         or (plan.square and x.shape[2] != x.shape[3])
     ):
-        return author(type(self)).forward(self, x)
+        return run_original(self, plan, x)
     return _run(self, plan, x)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import activations, bam_scale, checks
-from ..plan import Plan, Planned, Refused, Rule, activation, author, leaf, path, ready, register, renew
+from ..plan import Plan, Planned, Refused, Rule, activation, leaf, path, ready, register, renew, run_original
 from ..registry import Block, case
 from . import norms
 from .deep import DeepPlan
@@ -108,7 +108,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign BAM's forward becomes."""
     plan = ready(self)
     if plan is None or not isinstance(x, Tensor) or x.dim() != 4:
-        return author(type(self)).forward(self, x)
+        return run_original(self, plan, x)
     return plan.run_on(self, x)  # type: ignore[attr-defined]
 
 

@@ -33,7 +33,6 @@ from ..plan import (
     Refused,
     Rule,
     activation,
-    author,
     fingerprint,
     leaf,
     left_to_compiler,
@@ -41,6 +40,7 @@ from ..plan import (
     ready,
     register,
     renew,
+    run_original,
 )
 from ..registry import Block, case
 from . import normed, norms
@@ -274,7 +274,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign CBAM's forward becomes."""
     plan = None if left_to_compiler(x, opaque=True) else ready(self)
     if plan is None or not isinstance(x, Tensor) or x.dim() != 4:  # a Proxy of torch.fx isn't
-        return author(type(self)).forward(self, x)
+        return run_original(self, plan, x)
     return plan.run(x, None, "identity", 0.01)
 
 

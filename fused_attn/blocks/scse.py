@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import activations, scse_scale
-from ..plan import Plan, Planned, Refused, Rule, activation, author, leaf, ready, register, renew
+from ..plan import Plan, Planned, Refused, Rule, activation, leaf, ready, register, renew, run_original
 from ..registry import Block, case
 from .deep import DeepPlan
 from .excite_plan import dense
@@ -71,7 +71,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     """What a foreign module's forward becomes."""
     plan = ready(self)
     if plan is None or not isinstance(x, Tensor) or x.dim() != 4:
-        return author(type(self)).forward(self, x)
+        return run_original(self, plan, x)
     return plan.run_on(x)  # type: ignore[attr-defined]
 
 

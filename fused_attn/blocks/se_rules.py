@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import channel_pool, pool_scale
-from ..plan import Plan, Refused, Rule, author, left_to_compiler, ready, register, unfused
+from ..plan import Plan, Refused, Rule, author, left_to_compiler, ready, register, run_original, unfused
 from .excite_plan import ExcitePlan, Given
 
 
@@ -24,7 +24,7 @@ def gate_forward(self: Any, x: Tensor) -> Tensor:
         return author(type(self)).forward(self, x)
     plan: Any = ready(self)
     if plan is None or (isinstance(x, Tensor) and x.dim() != plan.dim):
-        return author(type(self)).forward(self, x)
+        return run_original(self, plan, x)
     return plan.run(x, None, "identity", 0.01)
 
 
@@ -32,7 +32,7 @@ def _forward_channels_last(self: Any, x: Tensor) -> Tensor:
     """The same for x (N, H, W, C): seen as (N, C, H, W), which kernels walk as it lies."""
     plan = ready(self)
     if plan is None or (isinstance(x, Tensor) and x.dim() != 4):
-        return author(type(self)).forward(self, x)
+        return run_original(self, plan, x)
     return plan.run(x.permute(0, 3, 1, 2), None, "identity", 0.01).permute(0, 2, 3, 1)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.branch_pool import branch_pool
-from ..plan import Plan, Refused, Rule, author, by_structure, ready, register
+from ..plan import Plan, Refused, Rule, by_structure, ready, register, run_original
 from ..registry import Block, case
 from .competing import NORMS, Competing, Head, convolution, divisible, foreign, known
 from .norms import keep
@@ -145,7 +145,7 @@ def _weights(self: Any, x: Tensor) -> Tensor:
     """What the attention's forward becomes; what isn't (N, num_paths, C, H, W) is left to its own, which raises."""
     plan: Any = ready(self)
     if plan is None or not isinstance(x, Tensor) or x.dim() != 5 or x.shape[1] != plan.count:
-        return author(type(self)).forward(self, x)
+        return run_original(self, plan, x)
     return cast(Tensor, plan.weigh(x))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..plan import READERS, Plan, Refused, Rule, author, fingerprint, path, ready
+from ..plan import READERS, Plan, Refused, Rule, fingerprint, path, ready, run_original
 from .proof import agree, original, straight
 from .shrinkage import FACTORS, ShrinkagePlan
 
@@ -69,7 +69,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     """What a port's forward becomes; another number of dimensions is left to its own."""
     plan: PortPlan | None = ready(self)  # type: ignore[assignment]
     if plan is None or not isinstance(x, Tensor) or x.dim() != plan.dim:
-        return author(type(self)).forward(self, x)
+        return run_original(self, plan, x)
     return plan.run(x, None, "identity", 0.01)
 
 
