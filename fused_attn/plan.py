@@ -74,6 +74,7 @@ class Plan:
 
     # Whether `run` is the module's whole forward, and takes a residual and an epilogue: what a parent's tail needs.
     fits_tail: ClassVar[bool] = False
+    closes: ClassVar[bool] = True  # whether its op adds the residual and applies the epilogue, in the same pass
     opens: ClassVar[bool] = False  # whether compilers, where nothing is differentiated, look into what `run` calls
     traces: ClassVar[bool] = True  # whether `run` takes what torch.fx puts in a tensor's place
 

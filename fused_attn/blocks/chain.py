@@ -376,7 +376,8 @@ class TailPlan(Plan):
             its = None if gate is None else plan_of(gate)
             apart = norm and gate is not None and (its is None or (its.behind() if add else its.means()) is None)
             first = [w for w, there in (("norm", norm and not (apart and add)), ("act", act and not add)) if there]
-            rest = [w for w, there in (("gate", gate is not None), ("add", add), ("act", act and add)) if there]
+            closes = add and (its is None or its.closes)
+            rest = [w for w, there in (("gate", gate is not None), ("add", closes), ("act", act and closes)) if there]
             if apart and not add:  # the gate needs more than means, so it isn't in the norm's step
                 return [" + ".join(first)] if act else []
             return [" + ".join([*first, *rest])]

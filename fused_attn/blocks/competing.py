@@ -37,6 +37,7 @@ class Head(Plan):
 
     __slots__ = ("act", "act_place", "first", "gate", "groups", "inner", "norm", "second", "slope")
     fits_tail = True
+    closes = False
 
     def __init__(
         self,
