@@ -260,7 +260,7 @@ for spare in range(8, 400, 24):  # MiB: from forward to the end of backward
     except (RuntimeError, MemoryError) as problem:
         # A C++ kernel's own allocation says which call failed, and not that memory is out: PyTorch's stable ABI keeps
         # the reason to itself.
-        told = any(words in str(problem) for words in ("memory", "aoti_torch_empty"))
+        told = any(word in str(problem) for word in ("memory", "aoti_torch_empty"))
         assert told or isinstance(problem, MemoryError), problem
         failed += 1
     finally:

@@ -101,7 +101,9 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
 def _public(args: tuple, outs: tuple[Tensor, Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
     if args[15] != "batch":
         return outs[0]
-    return outs[0], statistics(Mlp(*args[1:11], *args[12:17]), outs[1])
+    found = statistics(Mlp(*args[1:11], *args[12:17]), outs[1])
+    # Of no sample there are none. The C++ kernel has zeros there, which its backward multiplies by nothing.
+    return outs[0], found if args[0].shape[0] else torch.full_like(found, torch.nan)
 
 
 def _reduces(x: Tensor, w1: Tensor, *rest: object) -> int:
