@@ -61,7 +61,10 @@ class Walk(NamedTuple):
 
 def walk(*maps: Tensor | None, sums: bool = False) -> Walk:
     """The walk of a launch over feature maps of one kind, x first; None stands for a map that a call doesn't have."""
-    return _walk(sums, maps[0].dtype, tuple(m if m is None else (m.shape, m.stride()) for m in maps))  # type: ignore[union-attr]
+    x: Any = maps[0]
+    # Of no elements, strides may be anything.
+    strides = (lambda m: m.stride()) if x.numel() else (lambda m: torch.empty(m.shape, device="meta").stride())
+    return _walk(sums, x.dtype, tuple(m if m is None else (m.shape, strides(m)) for m in maps))
 
 
 @lru_cache(maxsize=1024)

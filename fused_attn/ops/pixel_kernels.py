@@ -44,8 +44,6 @@ def walk(*maps: Tensor | None, along: str = "pixels", aligned: bool = True) -> W
 
     aligned: whether a column must be one pixel, as sums over channels need it. Else rows may start inside of a vector.
     """
-    if not maps[0].numel():  # type: ignore[union-attr]
-        maps = tuple(m if m is None else maps[0] for m in maps)  # whose strides may be anything
     w = tile.walk(*maps, sums=True)
     heads = w.planes and w.b % w.meta["V"] != 0
     v = 1 if heads and aligned else w.meta["V"]

@@ -154,8 +154,8 @@ def _blocks(rows: int, outputs: int, inner: int, acc: torch.dtype, sums: int = 3
     double = acc == torch.float64
     size = tile.THREADS * (sums // 4 if double else sums)
     bm = min(8, triton.next_power_of_2(max(1, rows)))
-    bk = min(triton.next_power_of_2(inner), 64 if rows >= 64 or double else 2048 // bm)
-    return dict(BM=bm, BO=min(triton.next_power_of_2(outputs), size // (bm * bk)), BK=bk)
+    bk = min(triton.next_power_of_2(max(1, inner)), 64 if rows >= 64 or double else 2048 // bm)
+    return dict(BM=bm, BO=min(triton.next_power_of_2(max(1, outputs)), size // (bm * bk)), BK=bk)
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
@@ -203,8 +203,10 @@ def _outer(
     db = None if bias is None else torch.empty(outputs, dtype=bias.dtype, device=w.device)
     acc = accumulator(source.dtype)
     blocks = _blocks(rows, outputs, inner, acc, sums=16)  # beside them it holds both operands: 32 take 167 registers
+    # Without inputs there is no dW, but a db, which the first programs write.
+    across = max(1, triton.cdiv(inner, blocks["BK"]))
     tile.launch(
-        _shared_mlp_outer_kernel, (triton.cdiv(outputs, blocks["BO"]), triton.cdiv(inner, blocks["BK"])), source,
+        _shared_mlp_outer_kernel, (triton.cdiv(outputs, blocks["BO"]), across), source,
         d, logits, source, dw, db, rows, outputs, inner,
         LEFT="rows" if logits is None else "logits", RIGHT=right, MANY=many, ACT=mlp.act, GATE=mlp.gate,
         SLOPE=mlp.slope, ACC=tile.ACC.get(acc, tl.float32), **blocks,
