@@ -51,6 +51,9 @@ def layout(x: Tensor, prefer: str = "planes") -> Layout | None:
     return Layout(kind, n, c, s, sn if n > 1 else c * s, 1, ss if s > 1 else c)
 
 
+_KINDS = ("planes", "pixels")
+
+
 def walkable(x: Tensor) -> bool:
     """Whether a compiled kernel can walk x without a copy. The usual two layouts are answered without arithmetic."""
     return x.is_contiguous() or layout(x) is not None
@@ -60,7 +63,10 @@ def same_kind(x: Tensor, other: Tensor) -> bool:
     """Whether one kernel can walk both: the strides may differ, the order of elements may not."""
     if x.is_contiguous() and other.is_contiguous():
         return True
-    for kind in ("planes", "pixels"):
+    # One channel is planes and pixels at once; what is made like x then has the kind that x's own strides say.
+    first = layout(x)
+    kinds = ("planes",) if first is not None and first.c == 1 < first.s and first.kind == "planes" else _KINDS
+    for kind in kinds:
         a, b = layout(x, kind), layout(other, kind)
         if a is not None and b is not None and a.kind == b.kind:
             return True
