@@ -69,15 +69,30 @@ struct Conv {
 
 }  // namespace
 
+// A sum over many hidden channels is added up in parts, whose rounding doesn't grow with their number.
+constexpr int64_t PART = 16;
+
+// to += part, which begins anew.
+template <class A>
+static void close_part(A* part, A* to, int64_t c) {
+  for (int64_t i = 0; i < c; ++i) {
+    to[i] += part[i];
+    part[i] = 0;
+  }
+}
+
 template <class A>
 static void conv_forward(const Conv<A>& net, const A* p, Range samples, A* u, A* gate) {
-  const auto room = scratch<A>(net.padded() + net.c);
+  const auto room = scratch<A>(net.padded() + 2 * net.c);
+  A* const part = room.get() + net.padded() + net.c;
+  std::fill(part, part + net.c, A(0));
   for (int64_t n = samples.begin; n < samples.end; ++n) {
     A* const out = u + n * net.c;
     std::fill(out, out + net.c, net.bias ? net.bias.get()[0] : A(0));
     for (int64_t j = 0; j < net.h; ++j) {
       net.values(p + n * net.c, j, room.get() + net.padded(), room.get());
-      FA_CALL(taps, (A, false), room.get(), net.c, net.w.get() + j * net.k, net.k, out);
+      FA_CALL(taps, (A, false), room.get(), net.c, net.w.get() + j * net.k, net.k, net.h > PART ? part : out);
+      if (net.h > PART && (j % PART == PART - 1 || j + 1 == net.h)) close_part(part, out, net.c);
     }
   }
   const int64_t at = samples.begin * net.c, size = (samples.end - samples.begin) * net.c;
@@ -89,9 +104,10 @@ template <class A>
 static void conv_backward(const Conv<A>& net, const A* p, const A* u, const A* dgate, Range samples, A* dp, double* dw,
                           double* dw1, double* db1, double* dbias) {
   const int64_t c = net.c, r = net.reach();
-  const auto room = scratch<A>(2 * net.padded() + 3 * c);
+  const auto room = scratch<A>(2 * net.padded() + 4 * c);
   A *const edge = room.get(), *const back = edge + net.padded(), *const z = back + net.padded(), *const dv = z + c,
-           *const ones = dv + c;
+           *const ones = dv + c, *const part = ones + c;
+  std::fill(part, part + c, A(0));
   std::fill(ones, ones + c, A(1));
   for (int64_t n = samples.begin; n < samples.end; ++n) {
     const A* const pooled = p + n * c;
@@ -111,7 +127,8 @@ static void conv_backward(const Conv<A>& net, const A* p, const A* u, const A* d
       }
       std::fill(dv, dv + c, A(0));
       FA_CALL(taps, (A, true), back, c, w, net.k, dv);
-      FA_CALL(hidden_back, (A), z, pooled, c, net.act, net.w1.get()[j], net.slope, dv, to);
+      FA_CALL(hidden_back, (A), z, pooled, c, net.act, net.w1.get()[j], net.slope, dv, part);
+      if (j % PART == PART - 1 || j + 1 == net.h) close_part(part, to, c);
       dw1[j] += FA_CALL(inner, (A), dv, pooled, c);
       db1[j] += FA_CALL(inner, (A), dv, ones, c);
     }

@@ -50,7 +50,8 @@ def walk(*maps: Tensor | None, along: str = "pixels", aligned: bool = True) -> W
     heads = heads and not aligned
     two = triton.next_power_of_2
     channels_down = w.planes
-    elements = 1024 if v > 1 else 512  # an address for each element takes the registers of two
+    # An address for each element takes the registers of two; so do three sums for each of a tile that has heads.
+    elements = 512 if v == 1 or (heads and v < 8) else 1024
     if w.planes:
         rows = min(two(w.a), elements // 16 if along == "pixels" else 16)
         cols = min(two(w.b), elements // rows)

@@ -113,7 +113,8 @@ def _backward(saved: tuple, consts: tuple, grads: tuple, needs: tuple) -> tuple[
 
 
 def _reduces(x: Tensor, weight: Tensor, *rest: object) -> int:
-    return x[0].numel() if x.numel() else 1  # a tap's gradient is a sum over every element of a sample
+    # A tap's gradient is a sum over every element of a sample, a logit one over all taps of all hidden channels.
+    return max(x[0].numel() if x.numel() else 1, weight.numel())
 
 
 @op(

@@ -103,7 +103,8 @@ def _public(args: tuple, outs: tuple[Tensor, Tensor, Tensor]) -> Tensor | tuple[
         return outs[0]
     found = statistics(Mlp(*args[1:11], *args[12:17]), outs[1])
     # Of no sample there are none. The C++ kernel has zeros there, which its backward multiplies by nothing.
-    return outs[0], found if args[0].shape[0] else torch.full_like(found, torch.nan)
+    empty = isinstance(args[0], Tensor) and args[0].shape[0] == 0  # a Proxy of torch.fx has no shape to look at
+    return outs[0], torch.full_like(found, torch.nan) if empty else found
 
 
 def _reduces(x: Tensor, w1: Tensor, *rest: object) -> int:
