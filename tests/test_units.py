@@ -240,7 +240,7 @@ def _libraries() -> dict[str, tuple[object, str, int, tuple[str, ...]]]:
             lambda: resnesta.ResNeStAUnit(16, 32, 2), plain + ", norm + add + act", 16, ("body.conv2.att.conv1.bias",),
         ),
         "ResNeStAUnit, two layers": (
-            lambda: resnesta.ResNeStAUnit(16, 16, 1, False), "norm + act, gate + add + act", 16,
+            lambda: resnesta.ResNeStAUnit(16, 16, 1, False), "norm + act, gate", 16,
             ("body.conv2.att.conv1.bias",),
         ),
         "resnest": (nest, plain + ", norm + add + act", 16, ("conv2.fc1.bias",)),
